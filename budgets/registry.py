@@ -1,0 +1,91 @@
+"""One registry type for everything that can be extended: methods, tasks, model families.
+
+An extension is a file in the registry's package (or a third party's entry point) that registers an object under a
+name with a decorator. Files are imported when a name is first asked for, so listing what exists costs nothing heavy,
+and a package is named by a string, so that the registry itself depends on no other room.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+
+class UnknownNameError(ValueError):
+    """A name that is not registered; the message lists the names that are, nearest first."""
+
+
+def nearest_first(name: str, known: list[str]) -> list[str]:
+    """The known names, the most similar to `name` first."""
+    return sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(), other))
+
+
+class Registry:
+    """Names to objects of one kind.
+
+    Args:
+        kind: what is registered, in the singular, for messages ("method").
+        package: dotted name of the package whose modules register objects when imported.
+        entry_point_group: group under which other distributions offer modules to import ("visor.methods").
+    """
+
+    def __init__(self, kind: str, package: str, entry_point_group: str) -> None:
+        self.kind, self.package, self.entry_point_group = kind, package, entry_point_group
+        self._objects: dict[str, Any] = {}
+        self._discovered = False
+
+    def register(self, name: str):
+        """Decorator that files an object under `name`. Registering another object under a taken name is an error."""
+
+        def file_under_name(obj):
+            taken = self._objects.get(name)
+            # A module imported twice (reload, `python -m`) defines the same thing again: that is no conflict.
+            if taken is not None and (taken.__module__, taken.__qualname__) != (obj.__module__, obj.__qualname__):
+                raise ValueError(f"{self.kind} {name!r} is registered twice: by {taken.__module__} and {obj.__module__}")
+            self._objects[name] = obj
+            return obj
+
+        return file_under_name
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__, self.package + "."):
+            if not module.name.rpartition(".")[2].startswith("_"):
+                importlib.import_module(module.name)
+        for point in entry_points(group=self.entry_point_group):
+            point.load()
+        self._discovered = True
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._discover()
+        return sorted(self._objects)
+
+    def get(self, name: str) -> Any:
+        """The object registered under `name`.
+
+        Raises:
+            UnknownNameError: no such name; the message lists those that exist, nearest first.
+        """
+        self._discover()
+        if name not in self._objects:
+            known = ", ".join(nearest_first(name, self.names())) or "none"
+            raise UnknownNameError(f"unknown {self.kind} {name!r}; the {self.kind}s that exist, nearest first: {known}")
+        return self._objects[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+
+METHODS = Registry("method", "visor.reduction", "visor.methods")
+FAMILIES = Registry("model family", "visor.families", "visor.families")
+TASKS = Registry("task", "evaluations.tasks", "visor.tasks")

@@ -1,0 +1,1 @@
+"""The harness: suites, tasks, sweeps, measurements, records."""

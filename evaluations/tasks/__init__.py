@@ -1,0 +1,1 @@
+"""Benchmark tasks: one file each, found through `budgets.registry.TASKS`."""

@@ -1,0 +1,1 @@
+"""Reports: a run folder becomes HTML, figures and tables. Imports neither torch nor visor."""

@@ -1,0 +1,4 @@
+"""VISOR: vision-language models that keep every visual token and make the interaction sparse.
+
+Importing this package is cheap; torch and transformers are imported by the modules that need them.
+"""

@@ -1,0 +1,1 @@
+"""Model families: one adapter file each, found through `budgets.registry.FAMILIES`."""

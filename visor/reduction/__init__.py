@@ -1,0 +1,1 @@
+"""Efficiency methods: one file each, found through `budgets.registry.METHODS`."""
