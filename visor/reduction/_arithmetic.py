@@ -1,0 +1,76 @@
+"""What the method files share: how counts become a schedule, and how options are checked. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from budgets.schedule import LayerOp, Positions, Reduction, Schedule, dense
+
+
+def check_integer(title: str, option: str, value: Any, least: int, why: str = "") -> None:
+    """Refuse anything but an integer of at least `least`. `True` is an int to Python, not to us."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{title}: {option} must be an integer of at least {least}{why}, got {value!r}")
+
+
+def check_fraction(title: str, option: str, value: Any, *, low: float, high: float, includes_high: bool) -> None:
+    """Refuse anything but a number in [low, high) or, if `includes_high`, in [low, high]."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (low <= value <= high if includes_high else low <= value < high):
+        bracket = "]" if includes_high else ")"
+        raise ValueError(f"{title}: {option} must be a number in [{low:g}, {high:g}{bracket}, got {value!r}")
+
+
+def after_tower(
+    num_layers: int,
+    num_visual: int,
+    name: str,
+    keep: int,
+    params: Mapping[str, Any] | None = None,
+    image_scale: float = 1.0,
+) -> Schedule:
+    """`keep` tokens enter layer 0. Keeping everything *is* the dense schedule: nothing is scored, nothing reordered.
+
+    `params` holds only what changes the rule, never the count: samples that differ in counts may share a batch.
+    """
+    if keep >= num_visual:
+        return dense(num_layers, num_visual)
+    reduction = Reduction(name, keep, tuple(sorted((params or {}).items())))
+    return Schedule((LayerOp(),) * num_layers, num_visual, encoder=reduction, image_scale=image_scale)
+
+
+def inside_decoder(
+    num_layers: int,
+    num_visual: int,
+    name: str,
+    keep_at_layer: Mapping[int, int],
+    positions: Positions,
+    params: Mapping[str, Any] | None = None,
+) -> Schedule:
+    """Before each layer of `keep_at_layer` that many tokens stay. A step that drops nothing is left out."""
+    layers, live = [LayerOp()] * num_layers, num_visual
+    for layer in sorted(keep_at_layer):
+        if keep_at_layer[layer] < live:
+            live = keep_at_layer[layer]
+            layers[layer] = LayerOp(reduce=Reduction(name, live, tuple(sorted((params or {}).items()))))
+    if live == num_visual:
+        return dense(num_layers, num_visual)
+    return Schedule(tuple(layers), num_visual, positions=positions)
+
+
+def square_side(title: str, num_visual: int) -> int:
+    """Side length of the token grid of one square tile."""
+    side = math.isqrt(num_visual)
+    if side < 1 or side * side != num_visual:
+        raise ValueError(
+            f"{title} needs the visual tokens of one square tile, and {num_visual} is not the square of an integer: "
+            "feed the image as a single tile, or use a method that keeps a number of tokens"
+        )
+    return side
+
+
+def tower_tiles(geometry: Any, num_visual: int) -> int:
+    """Tiles that the tower sees for `num_visual` tokens (each is scored apart)."""
+    return max(1, round(num_visual / geometry.vision.visual_tokens_per_tile))

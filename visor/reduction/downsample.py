@@ -1,0 +1,49 @@
+"""Image down-sampling: a smaller image gives the tower, and so the decoder, fewer tokens. The simplest control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from budgets.registry import METHODS
+from budgets.schedule import Schedule
+from visor.method import Method
+from visor.reduction._arithmetic import after_tower, check_integer, square_side
+
+if TYPE_CHECKING:
+    from budgets.geometry import ModelGeometry
+    from visor.vision import ReducedFeatures, VisionFeatures
+
+
+@METHODS.register("downsample")
+@dataclass(frozen=True)
+class Downsample(Method):
+    """Option: `side`; the image is resized so that the tower yields side x side tokens (never more than it does)."""
+
+    side: int = 6
+
+    title: ClassVar[str] = "Image down-sampling"
+
+    def __post_init__(self) -> None:
+        check_integer(self.title, "side", self.side, 1)
+
+    def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
+        full_side = square_side(self.title, num_visual)
+        side = min(self.side, full_side)
+        return after_tower(geometry.num_layers, num_visual, "downsample", side * side, image_scale=side / full_side)
+
+    def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[Downsample]:
+        return [replace(self, side=side) for side in range(1, square_side(self.title, num_visual) + 1)]
+
+    def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
+        """Nothing is left to do: the smaller image already gave `keep` tokens."""
+        from visor.vision import ReducedFeatures
+
+        num_tokens = vision.features_BND.shape[1]
+        if num_tokens != keep:
+            raise ValueError(
+                f"{self.title}: the tower gave {num_tokens} tokens where the schedule says {keep}; "
+                "encode the image at the schedule's image_scale first"
+            )
+        return ReducedFeatures(vision.features_BND, None)

@@ -1,0 +1,108 @@
+"""VISOR: keep every visual token, make the interaction sparse.
+
+Most layers run text only; evenly spaced CROSS layers let the text read the standing visual tokens; a few SELF layers
+rework them. The largest configuration has L/3 of each, a SELF layer right before a CROSS layer that reads what it
+refined; a budget is a number of SELF layers, taken evenly from those slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from budgets.registry import METHODS
+from budgets.schedule import LayerMode, LayerOp, Schedule
+from visor.method import Method
+
+if TYPE_CHECKING:
+    from budgets.geometry import ModelGeometry
+
+
+@METHODS.register("visor")
+@dataclass(frozen=True)
+class Visor(Method):
+    """Options `self_layers` and `cross_layers`: None (L/3 layers), a number of layers (evenly spaced), or the layers
+    themselves, comma-separated ("3,9"; "" is none). A model without trained cross-attention blocks is refused when
+    it is to run; a schedule can be priced for any."""
+
+    self_layers: int | str | None = None
+    cross_layers: int | str | None = None
+
+    title: ClassVar[str] = "VISOR"
+    paper: ClassVar[str] = "Bulat et al., VISion On Request, CVPR 2026, arXiv 2603.23495"
+    trained: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for option in ("self_layers", "cross_layers"):
+            value = getattr(self, option)
+            if isinstance(value, str):
+                layers = parse_layers(option, value)
+                if list(layers) != sorted(set(layers)) or min(layers, default=0) < 0:
+                    raise ValueError(f"VISOR: {option} must name different layers in ascending order, got {value!r}")
+            elif value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(
+                    f"VISOR: {option} must be a number of layers, layers like '3,9', or None, got {value!r}"
+                )
+        if isinstance(self.self_layers, str) and isinstance(self.cross_layers, str):
+            check_apart(parse_layers("self_layers", self.self_layers), parse_layers("cross_layers", self.cross_layers))
+
+    def layers(self, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The SELF and the CROSS layers in a decoder of `num_layers`."""
+        slots = max(1, num_layers // 3)
+        # SELF at the start of each stretch of three layers, CROSS in its middle: with L = 24 at 0, 3, ... and 1, 4, ...
+        self_slots = [slot * num_layers // slots for slot in range(slots)]
+        cross_slots = [(2 * slot + 1) * num_layers // (2 * slots) for slot in range(slots)]
+        self_layers = choose("self_layers", self.self_layers, self_slots)
+        cross_layers = choose("cross_layers", self.cross_layers, cross_slots)
+        for option, layers in (("self_layers", self_layers), ("cross_layers", cross_layers)):
+            if layers and layers[-1] >= num_layers:
+                last = num_layers - 1
+                raise ValueError(f"VISOR: {option} names layer {layers[-1]}, but the decoder's layers are 0 to {last}")
+        check_apart(self_layers, cross_layers)
+        return self_layers, cross_layers
+
+    def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
+        self_layers, cross_layers = self.layers(geometry.num_layers)
+        ops = [LayerOp(LayerMode.TEXT)] * geometry.num_layers
+        for mode, layers in ((LayerMode.SELF, self_layers), (LayerMode.CROSS, cross_layers)):
+            for layer in layers:
+                ops[layer] = LayerOp(mode)
+        return Schedule(tuple(ops), num_visual)
+
+    def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[Visor]:
+        """The dial is the number of SELF layers: none, up to the L/3 slots or the layers that were named."""
+        if isinstance(self.self_layers, str):
+            named = list(parse_layers("self_layers", self.self_layers))
+            subsets = [choose("self_layers", count, named) for count in range(len(named) + 1)]
+            return [replace(self, self_layers=",".join(map(str, subset))) for subset in subsets]
+        return [replace(self, self_layers=count) for count in range(max(1, geometry.num_layers // 3) + 1)]
+
+
+def parse_layers(option: str, text: str) -> tuple[int, ...]:
+    """ "3,9" to (3, 9)."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"VISOR: {option} must be layer numbers like '3,9', got {text!r}") from error
+
+
+def choose(option: str, wanted: int | str | None, slots: Sequence[int]) -> tuple[int, ...]:
+    """All slots (None), the named layers (text), or a number of slots, spread evenly."""
+    if wanted is None:
+        return tuple(slots)
+    if isinstance(wanted, str):
+        return parse_layers(option, wanted)
+    if wanted > len(slots):
+        slots_text = ",".join(map(str, slots))
+        raise ValueError(
+            f"VISOR: {option}={wanted}, but there are {len(slots)} slots ({slots_text}); name layers to use more"
+        )
+    return tuple(slots[(2 * i + 1) * len(slots) // (2 * wanted)] for i in range(wanted))
+
+
+def check_apart(self_layers: Sequence[int], cross_layers: Sequence[int]) -> None:
+    """A layer has one mode."""
+    both = sorted(set(self_layers) & set(cross_layers))
+    if both:
+        raise ValueError(f"VISOR: a layer is either SELF or CROSS, but {both} are in both lists")
