@@ -1,0 +1,153 @@
+"""A KV cache whose layers may hold different tokens.
+
+TEXT and CROSS layers cache text only, SELF layers cache what is alive when they run, CROSS layers also keep the
+keys and values of the visual tokens they read. To the outside (generate, multi-turn slicing, position ids) the cache
+is as long as the sequence the *model* has seen.
+
+Shapes: B batch, H key/value heads, K cached tokens, V visual tokens, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from visor.compat import Cache, DynamicCache, DynamicLayer
+
+
+class ElasticLayer(DynamicLayer):
+    """The cache of one decoder layer.
+
+    Attributes:
+        valid_BK: which cached keys are real; None if all are.
+        group: layers of one group hold the same tokens, so they share masks. A constant while decoding.
+        shift_B1: how far position ids of later tokens fall in this layer (contiguous positions); None if not at all.
+        cross: keys [B, H, V, d], values [B, H, V, d], valid [B, V] or None, active [B] or None of the cross block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.valid_BK: Tensor | None = None
+        self.group = 0
+        self.shift_B1: Tensor | None = None
+        self.cross: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply one change of the batch dimension to everything that has one."""
+        on_rows = lambda x: None if x is None else change(x)
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+        self.valid_BK, self.shift_B1 = on_rows(self.valid_BK), on_rows(self.shift_B1)
+        if self.cross is not None:
+            self.cross = tuple(on_rows(x) for x in self.cross)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_rows(lambda x: x[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.valid_BK is not None:
+            self.valid_BK = self.valid_BK[:, : -abs(tokens_to_remove)]
+
+
+class ElasticCache(DynamicCache):
+    """One `ElasticLayer` a decoder layer, and the length of the sequence that the model has seen."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self._start(num_layers)
+
+    def _start(self, num_layers: int) -> None:
+        self.layers, self.layer_class_to_replicate = [ElasticLayer() for _ in range(num_layers)], None
+        self._set_prompt(0, 0)
+
+    def _set_prompt(self, prompt_length: int, held_by_first_layer: int) -> None:
+        """Note the prompt's padded length. The difference is stored, not the length: it is constant while decoding."""
+        self.prompt_length, self.num_skipped = prompt_length, prompt_length - held_by_first_layer
+
+    def end_prefill(self, prompt_length: int) -> None:
+        """To be called once, when every layer has cached its part of a prompt of this (padded) length."""
+        self._set_prompt(prompt_length, self.get_seq_length(0))
+
+    @classmethod
+    def adopt(cls, cache: Cache | None, num_layers: int) -> ElasticCache | None:
+        """Turn the empty DynamicCache that generate() made into an ElasticCache, in place: callers hold it already.
+
+        Raises:
+            ValueError: any other kind of cache, or one that another forward has filled.
+        """
+        if cache is None or isinstance(cache, cls):
+            return cache
+        if type(cache) is not DynamicCache or cache.offloading:
+            raise ValueError(
+                f"schedules run on a DynamicCache without offloading, got {type(cache).__name__}"
+                f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: static, quantized and offloaded "
+                "caches give every layer one length. Leave `cache_implementation` and `past_key_values` unset."
+            )
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                f"the cache already holds {cache.get_seq_length()} tokens that were cached outside `running(...)`; start "
+                "the conversation inside it, or continue without a schedule"
+            )
+        cache.__class__ = cls
+        cache._start(num_layers)
+        return cache
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Tokens the model has seen, padding included; with `layer_idx`, tokens that this layer holds."""
+        if layer_idx is None:
+            return super().get_seq_length(0) + self.num_skipped
+        return super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.get_seq_length(layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: a negative number of them, or (older transformers) the length to crop to.
+
+        Raises:
+            ValueError: the crop would reach into the prompt, whose tokens the layers hold in different numbers.
+        """
+        seen = self.get_seq_length()
+        remove = seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        if seen - remove < self.prompt_length:
+            raise ValueError(
+                f"cannot crop {remove} of {seen} tokens: the first {self.prompt_length} are the prompt, of which each "
+                "layer holds another part; prefill again instead"
+            )
+        super().crop(-remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self._set_prompt(0, 0)
+
+    @property
+    def layer_lengths(self) -> tuple[int, ...]:
+        """Tokens held by each layer, padding included."""
+        return tuple(layer.get_seq_length() for layer in self.layers)
+
+    @property
+    def cross_lengths(self) -> tuple[int, ...]:
+        """Visual tokens whose cross keys and values each layer holds, padding included."""
+        return tuple(layer.cross[0].shape[-2] if layer.cross else 0 for layer in self.layers)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all keys and values, of self- and cross-attention, padding included."""
+        held = [(layer.keys, layer.values) for layer in self.layers if layer.is_initialized]
+        held += [layer.cross[:2] for layer in self.layers if layer.cross]
+        return sum(x.numel() * x.element_size() for pair in held for x in pair)

@@ -1,0 +1,82 @@
+"""Every name of transformers that is not its public interface, in one place, so that an upgrade breaks one file.
+
+Written for `transformers>=5.18,<6`. The dense parity tests over all families are the alarm that rings first.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+
+__all__ = [
+    "BaseModelOutputWithPast",
+    "Cache",
+    "DynamicCache",
+    "DynamicLayer",
+    "GradientCheckpointingLayer",
+    "capture_outputs",
+    "causal_mask",
+    "image_output",
+    "merge_with_config_defaults",
+    "register_recordable",
+    "rotated_heads",
+    "uses_sliding_window",
+]
+
+
+def register_recordable(cls: type) -> None:
+    """Let a class made at run time answer `output_hidden_states` and `output_attentions` as its base does.
+
+    The registry is a dict keyed by the printed class; newer versions wrap `__setitem__` to take a model instead.
+    """
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)
+
+
+def causal_mask(
+    config: Any, hidden_BND: Tensor, valid_BK: Tensor | None, cache: Cache | None, layer: int, positions: Tensor | None
+) -> Any:
+    """The family's own causal mask for queries at the end of a cache layer, in the form its attention kernel takes.
+
+    Args:
+        valid_BK: which of the K keys (cached ones first) are real; None if all are.
+        layer: cache layer whose length sizes the mask; layers may differ.
+        positions: pass position ids only where the tokens are a whole prompt. Gaps in them make transformers believe
+            that several sequences are packed into one row.
+    """
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=hidden_BND,
+        attention_mask=valid_BK,
+        past_key_values=cache,
+        position_ids=positions,
+        layer_idx=layer,
+    )
+
+
+def uses_sliding_window(config: Any) -> bool:
+    """True if any decoder layer attends to a window only."""
+    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
+def rotated_heads(attention: nn.Module, which: str, hidden_BND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries (`which="q"`) or keys ("k") of normed hidden states, after RoPE: [B, heads, N, head_dim]."""
+    heads_BNHd = getattr(attention, f"{which}_proj")(hidden_BND).unflatten(-1, (-1, attention.head_dim))
+    if (norm := getattr(attention, f"{which}_norm", None)) is not None:
+        heads_BNHd = norm(heads_BNHd)
+    heads_BHNd = heads_BNHd.transpose(1, 2)
+    rotate_half = sys.modules[type(attention).__module__].rotate_half
+    cos_B1Nd, sin_B1Nd = (part.unsqueeze(1) for part in rotary)
+    return heads_BHNd * cos_B1Nd + rotate_half(heads_BHNd) * sin_B1Nd
+
+
+def image_output(features: list[Tensor]) -> BaseModelOutputWithPooling:
+    """What `get_image_features` returns, made from ready features. Beam search changes it in place: make one a call."""
+    return BaseModelOutputWithPooling(pooler_output=features)

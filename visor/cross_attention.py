@@ -1,0 +1,91 @@
+"""The cross-attention block of VISOR: text reads the visual tokens, which stand still (VISOR.md, "Parts").
+
+Pre-norm on both sides; grouped key/value heads as in the base model; a depth-wise convolution over the visual
+sequence as conditional positional encoding, x + conv(x); no RoPE; not causal. The output projection starts at zero, so
+that a freshly converted model equals its text-only ablation.
+
+Shapes: B batch, T text tokens, V visual tokens, D hidden width, H heads, G key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visor.compat import GradientCheckpointingLayer
+
+
+class CrossAttentionBlock(GradientCheckpointingLayer):
+    """`text + o_proj(attention(q(norm(text)), k, v))`, with keys and values from `norm(v + conv(v))`.
+
+    Args:
+        config: the decoder's config: hidden_size, num_attention_heads, num_key_value_heads, rms_norm_eps.
+        kernel: width of the convolution, odd; padding keeps the length.
+    """
+
+    def __init__(self, config: Any, kernel: int = 7) -> None:
+        super().__init__()
+        width, self.num_heads = config.hidden_size, config.num_attention_heads
+        self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.head_dim = getattr(config, "head_dim", None) or width // self.num_heads
+        self.text_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.visual_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.position_conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.q_proj = nn.Linear(width, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
+        self._initialise(getattr(config, "initializer_range", 0.02))
+
+    @torch.no_grad()
+    def _initialise(self, std: float) -> None:
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.position_conv):
+            module.weight.normal_(0.0, std)
+        self.position_conv.bias.zero_()
+        self.o_proj.weight.zero_()
+
+    def keys_values(self, visual_BVD: Tensor, valid_BV: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, V, d] of the visual tokens. They are constant while decoding."""
+        if valid_BV is not None:  # padding must look like the convolution's own zero padding
+            visual_BVD = visual_BVD * valid_BV[..., None]
+        visual_BVD = visual_BVD + self.position_conv(visual_BVD.transpose(1, 2)).transpose(1, 2)
+        visual_BVD = self.visual_norm(visual_BVD)
+        split = lambda x: x.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        return split(self.k_proj(visual_BVD)), split(self.v_proj(visual_BVD))
+
+    def attend(self, text_BTD: Tensor, keys: Tensor, values: Tensor, valid_BV: Tensor | None) -> Tensor:
+        """What the text reads: [B, T, D]."""
+        queries = self.q_proj(self.text_norm(text_BTD)).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        grouped, mask = self.num_heads != self.num_kv_heads, None
+        if valid_BV is not None:
+            mask = valid_BV[:, None, None, :].expand(-1, 1, text_BTD.shape[1], -1)
+            if grouped:  # on CUDA, a mask together with enable_gqa falls back to the slow reference kernel
+                repeats, grouped = self.num_heads // self.num_kv_heads, False
+                keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
+        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+        return self.o_proj(read.transpose(1, 2).flatten(2))
+
+    def forward(
+        self,
+        text_BTD: Tensor,
+        visual_BVD: Tensor | None,
+        valid_BV: Tensor | None = None,
+        active_B: Tensor | None = None,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Text after the block, and the keys and values to cache.
+
+        Args:
+            visual_BVD: visual tokens; unused (None) where `keys_values` are given from the cache.
+            valid_BV: which visual tokens are real; None if all are. A row without any must be all True here (a softmax
+                over nothing is not defined) and False in `active_B`.
+            active_B: rows that have an image; None if all have. The others pass unchanged.
+        """
+        keys, values = keys_values if keys_values is not None else self.keys_values(visual_BVD, valid_BV)
+        read_BTD = self.attend(text_BTD, keys, values, valid_BV)
+        if active_B is not None:
+            read_BTD = read_BTD.where(active_B[:, None, None], 0.0)
+        return text_BTD + read_BTD, (keys, values)

@@ -1,0 +1,96 @@
+"""The adapter: all that the engine and the methods must know about a model family, in one small class.
+
+An adapter is a stateless view on a Hugging Face model. It names the parts (decoder, tower, projector), tells which
+inputs feed images, and shapes features the way the family's forward expects them. A new family is one file here that
+registers a subclass under its `config.model_type`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from budgets.registry import FAMILIES, nearest_first
+from visor.compat import image_output
+
+
+class FamilyAdapter(ABC):
+    """View on a `...ForConditionalGeneration` model, or on its inner model, of one family.
+
+    Class attributes:
+        raw_image_inputs: forward arguments that carry pixels.
+        image_token_fields: fields of the config that hold the token ids standing for visual tokens.
+        supports_contiguous_positions: False where position ids are not one running number a token (M-RoPE).
+    """
+
+    raw_image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    image_token_fields: ClassVar[tuple[str, ...]] = ("image_token_id",)
+    supports_contiguous_positions: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def inner(self) -> nn.Module:
+        """The model without its language-model head: what merges visual features into the prompt."""
+        return self.model.base_model
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The text decoder, with `layers`, `norm`, `rotary_emb` and `embed_tokens`."""
+        return self.inner.get_decoder()
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self.inner.vision_tower
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module from tower features [..., d_tower] to decoder width [..., d]."""
+        return self.inner.multi_modal_projector
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Token ids that stand for visual tokens in `input_ids`."""
+        ids = (getattr(self.model.config, field, None) for field in self.image_token_fields)
+        return tuple(i for i in ids if i is not None)
+
+    @classmethod
+    def images_are_fed(cls, inputs: Mapping[str, Any]) -> bool:
+        """True if these forward arguments carry images.
+
+        Image token ids alone prove nothing: a model may generate one, and a later turn repeats those of the first.
+        generate() passes an empty `mm_encoder_outputs` once the images are in the cache.
+        """
+        if any(inputs.get(name) is not None for name in cls.raw_image_inputs):
+            return True
+        return any(output is not None for output in (inputs.get("mm_encoder_outputs") or {}).values())
+
+    def image_outputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
+        """The value of `mm_encoder_outputs` that feeds ready features instead of pixels.
+
+        Args:
+            features: one [N_i, d] tensor an image, projected, in the order of the images in the batch. N_i must equal
+                the number of image tokens that the prompt holds for that image.
+        """
+        return {"image": image_output(list(features))}
+
+
+def adapter_for(model: nn.Module) -> FamilyAdapter:
+    """The adapter of this model's family.
+
+    Raises:
+        ValueError: the family has no adapter; the message lists those that have.
+    """
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family not in FAMILIES:
+        known = ", ".join(nearest_first(family, FAMILIES.names()))
+        raise ValueError(
+            f"{type(model).__name__} is of the family {family!r}, which has no adapter; families that have one, nearest "
+            f"first: {known}. Add visor/families/<family>.py with a FamilyAdapter registered as {family!r}."
+        )
+    return FAMILIES.get(family)(model)
