@@ -1,0 +1,134 @@
+"""What a run is asked to do: a frozen configuration, checked as far as names and numbers go before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from budgets.registry import METHODS, TASKS, UnknownNameError, nearest_first
+from evaluations.suite import Suite, SuiteTask
+
+CHECKPOINTS_FOLDER = Path(__file__).resolve().parent.parent / "visor" / "checkpoints"
+DEVICES = ("cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+
+
+def checkpoint_names() -> list[str]:
+    """The models that ship with the project."""
+    return sorted(path.parent.name for path in CHECKPOINTS_FOLDER.glob("*/config.json"))
+
+
+def check_name(kind: str, name: str, known: list[str] | tuple[str, ...]) -> None:
+    """Refuse a name that does not exist, with those that do, nearest first."""
+    if name not in known:
+        listing = ", ".join(nearest_first(name, list(known))) or "none"
+        raise UnknownNameError(f"unknown {kind} {name!r}; the {kind}s that exist, nearest first: {listing}")
+
+
+def check_model(name: str) -> None:
+    """A model is a shipped checkpoint, a folder with a config.json, or an `owner/name` of the Hugging Face Hub."""
+    path = Path(name)
+    if name in checkpoint_names() or (path / "config.json").is_file():
+        return
+    if path.exists():
+        raise UnknownNameError(f"the model folder {name} holds no config.json; it must be a folder saved by save_pretrained")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return
+    check_name("model", name, checkpoint_names())
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run. Building one checks it; `ValueError` says what is wrong and what would be right.
+
+    Args:
+        suite: the suite, as loaded.
+        tasks: tasks to run with their limits; in the order given.
+        methods: registered methods, in the order given.
+        budgets: decoder prefill FLOPs relative to dense, each in (0, 1], largest first.
+        budgets_asked: True if the budgets were asked for, not the suite's default list. A method that cannot reach one
+            is then an error, and otherwise a setting that is left out and said to be.
+        model: shipped checkpoint, folder or Hub name.
+        batch_size: samples that share a batch in the accuracy pass.
+        limit: samples of each task, overriding the suite; None for the suite's own limits.
+        seed: given to methods that draw at random.
+    """
+
+    suite: Suite
+    tasks: tuple[SuiteTask, ...]
+    methods: tuple[str, ...]
+    budgets: tuple[float, ...]
+    budgets_asked: bool
+    out: Path
+    model: str = "dense-tiny"
+    device: str = "cpu"
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    batch_size: int = 16
+    limit: int | None = None
+    seed: int = 0
+    timing: bool = True
+
+    def __post_init__(self) -> None:
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise ValueError(f"a budget is a share of the dense decoder's prefill FLOPs in (0, 1], got {budget:g}")
+        for kind, names in [("task", [task.name for task in self.tasks]), ("method", self.methods)]:
+            if not names:
+                raise ValueError(f"there is nothing to run: no {kind} is named")
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{kind} {name!r} is named twice")
+        if not self.budgets:
+            raise ValueError("there is nothing to run: no budget is named")
+        for method in self.methods:
+            METHODS.get(method)
+        for task in self.tasks:
+            TASKS.get(task.name)
+        check_name("device", re.sub(r"^cuda:\d+$", "cuda", self.device), DEVICES)
+        check_name("dtype", self.dtype, DTYPES)
+        check_name("attention", self.attention, ATTENTIONS)
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; it must be a folder, new or of an earlier run")
+        check_model(self.model)
+
+    @classmethod
+    def of(
+        cls,
+        suite: Suite,
+        *,
+        tasks: list[str] | None = None,
+        methods: list[str] | None = None,
+        budgets: list[float] | None = None,
+        limit: int | None = None,
+        out: Path | None = None,
+        **rest: Any,
+    ) -> RunConfig:
+        """A configuration in which what is not given comes from the suite. Any task may be named, of the suite or not."""
+        of_suite = {task.name: task for task in suite.tasks}
+        chosen = [of_suite.get(name, SuiteTask(name)) for name in tasks] if tasks is not None else list(suite.tasks)
+        if limit is not None and limit >= 1:
+            chosen = [SuiteTask(task.name, limit) for task in chosen]
+        return cls(
+            suite=suite,
+            tasks=tuple(chosen),
+            methods=tuple(suite.methods if methods is None else methods),
+            budgets=tuple(sorted(set(suite.budgets if budgets is None else budgets), reverse=True)),
+            budgets_asked=budgets is not None,
+            limit=limit,
+            out=Path("runs") / suite.name if out is None else out,
+            **rest,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For run.json."""
+        return {**asdict(self), "suite": self.suite.name, "out": str(self.out)}
