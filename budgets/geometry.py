@@ -1,0 +1,373 @@
+"""The numbers of a model that its cost depends on: widths, heads and layers of decoder, tower and projector.
+
+A geometry comes from a Hugging Face config (a dict, a config object, a `config.json`) or from the presets of known
+models, so that a price needs neither weights nor torch. Configs on the Hub leave out what equals the default of their
+class; the defaults are kept here (`tests/budgets/test_geometry.py` holds them against transformers).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from budgets.registry import UnknownNameError, nearest_first
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "visor" / "checkpoints"
+
+
+@dataclass(frozen=True)
+class VisionGeometry:
+    """A vision tower and its projector.
+
+    Args:
+        num_layers: blocks that run. Hugging Face also runs those behind the feature layer (LLaVA-1.5 reads block 23 of
+            24), so they are counted: the figure is what is executed.
+        image_size: side of a tile in pixels, or None for towers of dynamic resolution (one tile = one image).
+        projector: matrices (in, out) applied to every visual token; the Qwen-VL merger counts as projector.
+        num_prefix_tokens: tokens before the patches (CLS).
+        prefix_in_output: True if those tokens become visual tokens too (select strategy "full").
+        patches_per_token: patches merged into one visual token (pixel shuffle, spatial merge); a square number.
+        num_frames: temporal depth of the patch embedding (Qwen-VL doubles a still image).
+        window_patches: patches in an attention window; None if every block sees everything.
+        num_full_layers: blocks that see everything where the others are windowed.
+        pooling_head: SigLIP's attention pooling head runs (its result is not used by the decoder).
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    patch_size: int
+    image_size: int | None
+    projector: tuple[tuple[int, int], ...]
+    num_channels: int = 3
+    num_frames: int = 1
+    num_mlp_matrices: int = 2
+    num_prefix_tokens: int = 0
+    prefix_in_output: bool = False
+    patches_per_token: int = 1
+    window_patches: int | None = None
+    num_full_layers: int = 0
+    pooling_head: bool = False
+
+    def grid_side(self, image_scale: float = 1.0) -> int:
+        """Patches along the side of a tile whose image is scaled by `image_scale`.
+
+        Raises:
+            ValueError: the tower has no fixed tile, or the scaled image is smaller than one visual token.
+        """
+        if self.image_size is None:
+            raise ValueError("a tower of dynamic resolution has no fixed grid; give the number of visual tokens")
+        side = round(self.image_size * image_scale) // self.patch_size
+        if side * side < self.patches_per_token:
+            raise ValueError(
+                f"image_scale={image_scale} leaves less than one visual token of a {self.image_size} px tile"
+            )
+        return side
+
+    def visual_tokens(self, image_scale: float = 1.0) -> int:
+        """Visual tokens that one tile yields for the decoder."""
+        merge = round(self.patches_per_token**0.5)
+        prefix = self.num_prefix_tokens if self.prefix_in_output else 0
+        return (self.grid_side(image_scale) // merge) ** 2 + prefix
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Length of the tower's own sequence for one tile, CLS included."""
+        return self.grid_side() ** 2 + self.num_prefix_tokens
+
+    @property
+    def visual_tokens_per_tile(self) -> int:
+        """Visual tokens that one untouched tile yields for the decoder."""
+        return self.visual_tokens()
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """A decoder, the language-model head, and the tower in front of it (None for a text-only model).
+
+    Args:
+        num_mlp_matrices: 3 for SwiGLU (gate, up, down).
+        cross_kernel: taps of VISOR's depth-wise convolution over the visual keys.
+        dtype_bytes: bytes of one cached key or value element.
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    vision: VisionGeometry | None = None
+    num_mlp_matrices: int = 3
+    cross_kernel: int = 7
+    dtype_bytes: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.name}: num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together (values are as wide)."""
+        return self.num_kv_heads * self.head_dim
+
+    def num_tiles(self, num_visual: int) -> int:
+        """Tower passes behind `num_visual` tokens, rounded up; anyres models that crop padding may have run more."""
+        if self.vision is None or self.vision.image_size is None:
+            return 1
+        return max(1, -(-num_visual // self.vision.visual_tokens_per_tile))
+
+
+# --- from a Hugging Face config -------------------------------------------------------------------------------------
+
+# Defaults of the config classes: layers, width, MLP width, heads, KV heads (None: as heads), head_dim, vocabulary.
+_TEXT_KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "vocab_size")  # fmt: skip
+TEXT_DEFAULTS: dict[str, tuple[int | None, ...]] = {
+    "llama": (32, 4096, 11008, 32, None, None, 32000),
+    "mistral": (32, 4096, 14336, 32, 8, None, 32000),
+    "qwen2": (32, 4096, 22016, 32, 32, None, 151936),
+    "qwen3": (32, 4096, 22016, 32, 32, 128, 151936),
+    "qwen2_5_vl_text": (80, 8192, 29568, 64, 8, None, 152064),
+    "qwen3_vl_text": (32, 4096, 22016, 32, 32, 128, 151936),
+}
+# Layers, width, MLP width, heads, image side, patch side.
+_VISION_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
+VISION_DEFAULTS: dict[str, tuple[int, ...]] = {
+    "clip_vision_model": (12, 768, 3072, 12, 224, 32),
+    "siglip_vision_model": (12, 768, 3072, 12, 224, 16),
+    "idefics3_vision": (12, 1152, 3072, 16, 224, 32),
+    "smolvlm_vision": (12, 1152, 3072, 16, 224, 32),
+}
+# What the outer config class takes when it holds no vision_config at all.
+_OUTER_VISION: dict[str, dict[str, Any]] = {
+    "llava": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
+              "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+    "llava_onevision": {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+                        "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+                        "vision_use_head": False},
+    "idefics3": {"model_type": "idefics3_vision"},
+    "smolvlm": {"model_type": "smolvlm_vision"},
+    "qwen2_5_vl": {"model_type": "qwen2_5_vl_vision"},
+}  # fmt: skip
+_OUTER_VISION["llava_next"] = _OUTER_VISION["llava"]
+_OUTER_TEXT = {"llava": "llama", "llava_next": "llama", "llava_onevision": "qwen2", "idefics3": "llama",
+               "smolvlm": "llama", "qwen2_5_vl": "qwen2_5_vl_text"}  # fmt: skip
+_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def _integer(value: Any) -> int:
+    """Configs write square sizes as 14 or [14, 14]."""
+    if isinstance(value, (list, tuple)):
+        if len(set(value)) != 1:
+            raise ValueError(f"only square images and patches are priced, got {list(value)}")
+        value = value[0]
+    return int(value)
+
+
+def _filled(config: Mapping[str, Any], keys: tuple[str, ...], defaults: tuple[int | None, ...] | None, where: str):
+    values = []
+    for i, key in enumerate(keys):
+        value = config.get(key)
+        value = (defaults[i] if defaults else None) if value is None else _integer(value)
+        if value is None and key not in ("num_key_value_heads", "head_dim"):
+            raise ValueError(f"{where} has no {key!r} and its model_type {config.get('model_type')!r} no known default")
+        values.append(value)
+    return values
+
+
+def _mlp_projector(config: Mapping[str, Any], width: int, text_width: int) -> tuple[tuple[int, int], ...]:
+    layers = config.get("vision_feature_layer", -2)
+    num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
+    return ((width * num_layers, text_width), (text_width, text_width))
+
+
+def _vision_from_config(config: Mapping[str, Any], family: str, text_width: int) -> VisionGeometry:
+    tower = dict(config.get("vision_config") or _OUTER_VISION[family])
+    if family == "qwen2_5_vl":
+        width, merge = int(tower.get("hidden_size", 3584)), int(tower.get("spatial_merge_size", 2))
+        patch, depth = _integer(tower.get("patch_size", 14)), int(tower.get("depth", 32))
+        merged = width * merge**2
+        full = [i for i in tower.get("fullatt_block_indexes", (7, 15, 23, 31)) if i < depth]
+        return VisionGeometry(
+            depth, width, int(tower.get("intermediate_size", 3420)), int(tower.get("num_heads", 16)), patch, None,
+            projector=((merged, merged), (merged, int(tower.get("out_hidden_size", 3584)))),
+            num_channels=int(tower.get("in_channels", tower.get("in_chans", 3))),
+            num_frames=int(tower.get("temporal_patch_size", 2)), num_mlp_matrices=3, patches_per_token=merge**2,
+            window_patches=(int(tower.get("window_size", 112)) // patch // merge * merge) ** 2,
+            num_full_layers=len(full),
+        )  # fmt: skip
+    kind = tower.get("model_type") or _OUTER_VISION[family]["model_type"]
+    kind = {"idefics3": "idefics3_vision", "smolvlm": "smolvlm_vision"}.get(kind, kind)  # as old configs spell them
+    if kind not in VISION_DEFAULTS:
+        raise ValueError(f"vision tower {kind!r} is not priced; known towers: {', '.join(sorted(VISION_DEFAULTS))}")
+    where = f"vision_config of a {family} model"
+    layers, width, mlp, heads, image, patch = _filled(tower, _VISION_KEYS, VISION_DEFAULTS[kind], where)
+    channels, is_clip = int(tower.get("num_channels", 3)), kind == "clip_vision_model"
+    if family in ("idefics3", "smolvlm"):
+        merge = int(config.get("scale_factor", 2)) ** 2
+        return VisionGeometry(layers, width, mlp, heads, patch, image, ((width * merge, text_width),), channels,
+                              patches_per_token=merge)  # fmt: skip
+    strategy = config.get("vision_feature_select_strategy", "full" if family == "llava_onevision" else "default")
+    if strategy == "default" and not is_clip:
+        raise ValueError(
+            f"{where}: vision_feature_select_strategy 'default' cuts the first patch of a tower without CLS"
+        )
+    return VisionGeometry(
+        layers, width, mlp, heads, patch, image, _mlp_projector(config, width, text_width), channels,
+        num_prefix_tokens=int(is_clip), prefix_in_output=is_clip and strategy == "full",
+        pooling_head=kind == "siglip_vision_model" and bool(tower.get("vision_use_head", True)),
+    )  # fmt: skip
+
+
+def from_config(config: Any, name: str | None = None) -> ModelGeometry:
+    """The geometry of a Hugging Face config: a dict as in `config.json`, or a config object.
+
+    Text-only configs give a geometry without a tower.
+
+    Raises:
+        ValueError: a width is missing, or the model family has a tower that we cannot price.
+    """
+    config = config if isinstance(config, Mapping) else config.to_dict()
+    family = config.get("model_type")
+    text = dict(config.get("text_config") or {})
+    if not text or (family == "qwen2_5_vl" and "hidden_size" in config and "hidden_size" not in text):
+        text = {**config, **text}  # text-only models, and Qwen2.5-VL as the Hub first had it
+        text["model_type"] = _OUTER_TEXT.get(family, family)
+    kind = text.get("model_type") or _OUTER_TEXT.get(family)
+    where = f"text_config of a {family} model" if config.get("text_config") else f"config of a {family} model"
+    layers, width, mlp, heads, kv_heads, head_dim, vocabulary = _filled(
+        text, _TEXT_KEYS, TEXT_DEFAULTS.get(kind), where
+    )
+    vision = None
+    if family in _OUTER_VISION:
+        vision = _vision_from_config(config, family, width)
+    elif config.get("vision_config"):
+        known = ", ".join(sorted(_OUTER_VISION))
+        raise ValueError(f"model family {family!r} has a tower that is not priced; families that are: {known}")
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "")
+    return ModelGeometry(
+        name or family or "model", layers, width, mlp, heads, kv_heads or heads, head_dim or width // heads, vocabulary,
+        vision, dtype_bytes=_DTYPE_BYTES.get(dtype.removeprefix("torch."), 2),
+    )  # fmt: skip
+
+
+# --- known models ---------------------------------------------------------------------------------------------------
+
+
+def _clip_llava(name: str, layers: int, width: int, mlp: int, heads: int) -> ModelGeometry:
+    vision = VisionGeometry(24, 1024, 4096, 16, 14, 336, ((1024, width), (width, width)), num_prefix_tokens=1)
+    return ModelGeometry(name, layers, width, mlp, heads, heads, width // heads, 32064, vision)
+
+
+def _onevision(
+    name: str, layers: int, width: int, mlp: int, heads: int, kv_heads: int, vocabulary: int
+) -> ModelGeometry:
+    vision = VisionGeometry(26, 1152, 4304, 16, 14, 384, ((1152, width), (width, width)))
+    return ModelGeometry(name, layers, width, mlp, heads, kv_heads, width // heads, vocabulary, vision)
+
+
+def _qwen2_5_vl(
+    name: str, layers: int, width: int, mlp: int, heads: int, kv_heads: int, vocabulary: int
+) -> ModelGeometry:
+    vision = VisionGeometry(
+        32, 1280, 3420, 16, 14, None, ((5120, 5120), (5120, width)), num_frames=2, num_mlp_matrices=3,
+        patches_per_token=4, window_patches=64, num_full_layers=4,
+    )  # fmt: skip
+    return ModelGeometry(name, layers, width, mlp, heads, kv_heads, 128, vocabulary, vision)
+
+
+def _smolvlm(name: str, decoder: tuple[int, ...], vision: VisionGeometry) -> ModelGeometry:
+    return ModelGeometry(name, *decoder, vision)
+
+
+PRESETS: dict[str, ModelGeometry] = {
+    geometry.name: geometry
+    for geometry in (
+        _clip_llava("llava-1.5-7b", 32, 4096, 11008, 32),
+        _clip_llava("llava-1.5-13b", 40, 5120, 13824, 40),
+        _clip_llava("llava-next-7b", 32, 4096, 11008, 32),  # the Vicuna version: 5 tiles of 336 px at most
+        _onevision("llava-onevision-0.5b", 24, 896, 4864, 14, 2, 152000),
+        _onevision("llava-onevision-7b", 28, 3584, 18944, 28, 4, 152128),
+        _onevision("llava-onevision-72b", 80, 8192, 29568, 64, 8, 152128),
+        _qwen2_5_vl("qwen2.5-vl-3b", 36, 2048, 11008, 16, 2, 151936),
+        _qwen2_5_vl("qwen2.5-vl-7b", 28, 3584, 18944, 28, 4, 152064),
+        _smolvlm("smolvlm-256m", (30, 576, 1536, 9, 3, 64, 49280),
+                 VisionGeometry(12, 768, 3072, 12, 16, 512, ((768 * 16, 576),), patches_per_token=16)),
+        _smolvlm("smolvlm-2.2b", (24, 2048, 8192, 32, 32, 64, 49155),
+                 VisionGeometry(27, 1152, 4304, 16, 14, 384, ((1152 * 9, 2048),), patches_per_token=9)),
+    )
+}  # fmt: skip
+
+
+def local_models() -> list[str]:
+    """Names of the models that ship with the project (folders of visor/checkpoints)."""
+    return sorted(path.parent.name for path in CHECKPOINTS.glob("*/config.json"))
+
+
+def names() -> list[str]:
+    """All models that can be priced by name."""
+    return [*PRESETS, *(name for name in local_models() if name not in PRESETS)]
+
+
+def preset(name: str) -> ModelGeometry:
+    """The geometry of a known model.
+
+    Raises:
+        UnknownNameError: no such model; the message lists those that exist, nearest first.
+    """
+    if name not in PRESETS:
+        raise UnknownNameError(_unknown(name))
+    return PRESETS[name]
+
+
+def load(name_or_path: str | Path) -> ModelGeometry:
+    """The geometry of a preset, of a model of visor/checkpoints by its name, of a config.json or a folder with one.
+
+    Raises:
+        UnknownNameError: neither a known name nor a path that exists.
+        ValueError: the file is no config that we can price; the message names the file.
+    """
+    name = str(name_or_path)
+    if name in PRESETS:
+        return PRESETS[name]
+    candidates = [Path(name)] if Path(name).exists() else []
+    if not any(separator in name for separator in "/\\"):
+        candidates.append(CHECKPOINTS / name)
+    for path in candidates:
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            continue
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise ValueError("it holds no JSON object")
+            return from_config(config, name=file.parent.name if file.name == "config.json" else file.stem)
+        except ValueError as error:  # JSON errors are ValueErrors too
+            raise ValueError(f"{file} is no model config that can be priced: {error}") from error
+    raise UnknownNameError(_unknown(name))
+
+
+def _unknown(name: str) -> str:
+    known = ", ".join(nearest_first(name, names()))
+    return f"unknown model {name!r}: neither a config.json nor a name; the models that exist, nearest first: {known}"
