@@ -27,7 +27,7 @@ class Method(ABC):
         title: name shown in reports, in the authors' spelling.
         paper: reference of the rule, one line.
         trained: True if the method needs weights trained for it (compared apart from training-free methods).
-        taps: what it must see of the vision tower: "attention_received", "cls_attention", "keys".
+        taps: what it must see of the vision tower: "salience", "keys" (`visor.vision.TAPS`).
         stage: where an encoder-side rule acts: on tower features before the projector, or on projected features.
     """
 

@@ -24,11 +24,14 @@ class FamilyAdapter(ABC):
         raw_image_inputs: forward arguments that carry pixels.
         image_token_fields: fields of the config that hold the token ids standing for visual tokens.
         supports_contiguous_positions: False where position ids are not one running number a token (M-RoPE).
+        packs_tiles: True if an image may be several tiles, packed into one sequence after the projector; False if its
+            one tile is a plain grid of tokens.
     """
 
     raw_image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     image_token_fields: ClassVar[tuple[str, ...]] = ("image_token_id",)
     supports_contiguous_positions: ClassVar[bool] = True
+    packs_tiles: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -69,6 +72,21 @@ class FamilyAdapter(ABC):
         if any(inputs.get(name) is not None for name in cls.raw_image_inputs):
             return True
         return any(output is not None for output in (inputs.get("mm_encoder_outputs") or {}).values())
+
+    def tiles(self, pixel_inputs: Mapping[str, Tensor]) -> Tensor:
+        """The tiles [T, 3, height, width] that the tower sees of ONE image, from what the processor made of it."""
+        return pixel_inputs["pixel_values"]
+
+    def pack(self, tiles_TNE: Tensor, pixel_inputs: Mapping[str, Tensor], separator: float | None = None) -> Tensor:
+        """Values of the tiles of ONE image in the order in which the decoder sees its visual tokens: [N, E].
+
+        Args:
+            separator: value at tokens that stand for no patch (a line's end); None means the model's learned ones, for
+                projected features.
+        """
+        if len(tiles_TNE) != 1:
+            raise ValueError(f"{type(self).__name__} takes one tile an image, got {len(tiles_TNE)}")
+        return tiles_TNE[0]
 
     def image_outputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
         """The value of `mm_encoder_outputs` that feeds ready features instead of pixels.

@@ -69,8 +69,3 @@ def square_side(title: str, num_visual: int) -> int:
             "feed the image as a single tile, or use a method that keeps a number of tokens"
         )
     return side
-
-
-def tower_tiles(geometry: Any, num_visual: int) -> int:
-    """Tiles that the tower sees for `num_visual` tokens (each is scored apart)."""
-    return max(1, round(num_visual / geometry.vision.visual_tokens_per_tile))

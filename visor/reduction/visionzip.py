@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
 from visor.method import Method
-from visor.reduction._arithmetic import after_tower, check_fraction, check_integer, tower_tiles
+from visor.reduction._arithmetic import after_tower, check_fraction, check_integer
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class VisionZip(Method):
 
     title: ClassVar[str] = "VisionZip"
     paper: ClassVar[str] = "Yang et al., VisionZip: Longer is Better but Not Necessary in VLMs, CVPR 2025"
-    taps: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
+    taps: ClassVar[frozenset[str]] = frozenset({"salience", "keys"})
 
     def __post_init__(self) -> None:
         check_integer(self.title, "keep", self.keep, 1)
@@ -61,13 +61,17 @@ class VisionZip(Method):
         """q.k of the scored rows in one tower block (all rows, or the CLS row), and the key similarities."""
         if schedule.encoder is None or schedule.encoder.method != "visionzip":
             return 0
-        tower, num_visual, keep = geometry.vision, schedule.source_visual, schedule.encoder.keep
-        tiles = tower_tiles(geometry, num_visual)
-        has_cls = tower.tokens_per_tile > tower.visual_tokens_per_tile
-        num_rows = 1 if has_cls else tower.tokens_per_tile
+        num_visual, keep, tiles = (
+            schedule.source_visual,
+            schedule.encoder.keep,
+            geometry.num_tiles(schedule.source_visual),
+        )
+        tower = geometry.vision
+        num_rows = tower.num_prefix_tokens or tower.tokens_per_tile
         flops = tiles * 2 * num_rows * tower.tokens_per_tile * tower.hidden_size
         num_contextual = self.num_contextual(keep)
-        num_leftover = num_visual - (keep - num_contextual) + int(has_cls)
+        # The CLS takes one of the dominant places, so one patch more is left over.
+        num_leftover = num_visual - (keep - num_contextual) + tower.num_prefix_tokens
         return flops + 2 * (num_leftover - num_contextual) * num_contextual * (tower.hidden_size // tower.num_heads)
 
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
@@ -75,7 +79,7 @@ class VisionZip(Method):
 
         from visor.vision import ReducedFeatures
 
-        features_BNE, attention_BN, keys_BNH = vision.features_BND, vision.tap("attention"), vision.tap("keys")
+        features_BNE, salience_BN, keys_BNH = vision.features_BND, vision.tap("salience"), vision.tap("keys")
         batch, num_visual, _ = features_BNE.shape
         if keep >= num_visual:
             return ReducedFeatures(features_BNE, features_BNE.new_ones((batch, num_visual), dtype=torch.bool))
@@ -83,7 +87,7 @@ class VisionZip(Method):
         cls = vision.cls_B1D
         num_patches = keep - num_contextual - (cls is not None)
 
-        order_BN = attention_BN.argsort(dim=1, descending=True, stable=True)
+        order_BN = salience_BN.argsort(dim=1, descending=True, stable=True)
         dominant_BD = order_BN[:, :num_patches].sort(dim=1).values
         leftover_BR = order_BN[:, num_patches:].sort(dim=1).values
         parts = [] if cls is None else [cls]

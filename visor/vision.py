@@ -1,0 +1,267 @@
+"""What the vision tower yields for an image, and what a method may see of it.
+
+Hooks read the queries and keys that one tower block computes anyway; scores are made from q.k^T in chunks of rows, so
+nothing changes in the tower's own attention kernel and no full attention matrix is ever stored.
+
+Shapes: B samples, N visual tokens, D feature width, T tiles, P tower tokens of a tile (CLS included), H heads,
+d head width, R rows of a chunk, E any width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from visor.families.base import FamilyAdapter
+
+TAPS = ("salience", "keys")
+"""What `encode_images` can read of the tower beside its features, all of it in block `SCORED_BLOCK`:
+"salience" [B, N]: softmax attention, mean over heads, that the CLS row pays each patch; in a tower without CLS
+(SigLIP) the attention a patch receives, averaged over all rows. "keys" [B, N, d]: keys, mean over heads."""
+
+SCORED_BLOCK = -2
+"""Scores come from the block before the last (VisionZip and its kin); features from the projector's own layer."""
+
+ROWS_PER_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """Tower output of samples that have the same number N of visual tokens.
+
+    Args:
+        features_BND: features at `stage`.
+        stage: "tower" before the projector; "projected" where the family packs tiles after it (then all methods act
+            on projected features).
+        taps: by name (`TAPS`), each [B, N] or [B, N, E].
+        grid: rows and columns of the tokens, or None if they form no plain grid.
+        sample_keys: one a sample, a hash of its pixels: what a random choice may depend on.
+        cls_B1D: the CLS feature, where the tower has one that is not among the N.
+        image_scale: side of the encoded image relative to the one given.
+    """
+
+    features_BND: Tensor
+    stage: Literal["tower", "projected"] = "tower"
+    taps: Mapping[str, Tensor] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    sample_keys: tuple[str, ...] = ()
+    cls_B1D: Tensor | None = None
+    image_scale: float = 1.0
+
+    def tap(self, name: str) -> Tensor:
+        """The tap `name`.
+
+        Raises:
+            ValueError: the features were encoded without it.
+        """
+        if name not in self.taps:
+            raise ValueError(
+                f"these vision features were encoded without the tap {name!r} (they have {sorted(self.taps)}); "
+                f"encode with taps={{{name!r}}}, or the union of the taps of all methods that share the features"
+            )
+        return self.taps[name]
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.features_BND.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the tensors take, for a cache with a bound."""
+        tensors = [self.features_BND, *self.taps.values(), *([] if self.cls_B1D is None else [self.cls_B1D])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def to(self, device: torch.device | str) -> VisionFeatures:
+        """The same on another device."""
+        return replace(
+            self,
+            features_BND=self.features_BND.to(device),
+            taps={name: tap.to(device) for name, tap in self.taps.items()},
+            cls_B1D=None if self.cls_B1D is None else self.cls_B1D.to(device),
+        )
+
+    @staticmethod
+    def stack(rows: Sequence[VisionFeatures]) -> VisionFeatures:
+        """One batch of several; all must agree in N, stage, grid and scale. Taps that not all of them have go."""
+        first = rows[0]
+        assert all((r.num_tokens, r.stage, r.grid) == (first.num_tokens, first.stage, first.grid) for r in rows)
+        shared = set(first.taps).intersection(*(row.taps for row in rows))
+        return replace(
+            first,
+            features_BND=torch.cat([row.features_BND for row in rows]),
+            taps={name: torch.cat([row.taps[name] for row in rows]) for name in sorted(shared)},
+            sample_keys=tuple(key for row in rows for key in row.sample_keys),
+            cls_B1D=None if first.cls_B1D is None else torch.cat([row.cls_B1D for row in rows]),
+        )
+
+
+@dataclass(frozen=True)
+class ReducedFeatures:
+    """What an encoder-side method leaves: `features_BTD`, and which of the N tokens stand for themselves (None if
+    every token lives on in a mean)."""
+
+    features_BTD: Tensor
+    kept_BN: Tensor | None
+
+
+def tower_blocks(tower: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of a tower, each with a `self_attn` of `q_proj` and `k_proj`."""
+    for module in tower.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "self_attn"):
+            return module
+    raise ValueError(f"{type(tower).__name__} has no blocks with a self_attn; its attention cannot be read")
+
+
+def tower_has_cls(tower: nn.Module) -> bool:
+    """True if the tower puts a CLS token before the patches."""
+    return any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
+
+
+@contextmanager
+def reading_block(block: nn.Module, wanted: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Within it, a forward of `block` leaves its "q" and "k" projections [T, P, H d] in the dict."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    if wanted:
+        for name in ("q", "k"):
+            projection = getattr(block.self_attn, f"{name}_proj")
+            handles.append(projection.register_forward_hook(lambda _m, _a, out, name=name: seen.__setitem__(name, out)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_from_cls(q_THPd: Tensor, k_THPd: Tensor) -> Tensor:
+    """Softmax attention of the first row, mean over heads: [T, P - 1] over the patches."""
+    logits_TH1P = q_THPd[:, :, :1].float() @ k_THPd.float().transpose(2, 3) * q_THPd.shape[-1] ** -0.5
+    return logits_TH1P.softmax(-1).mean(1)[:, 0, 1:]
+
+
+def attention_received(q_THPd: Tensor, k_THPd: Tensor) -> Tensor:
+    """Softmax attention that each token receives, mean over heads and over all query rows: [T, P]. fp32."""
+    tiles, _, num_tokens, width = q_THPd.shape
+    k_THdP = k_THPd.float().transpose(2, 3)
+    received_TP = torch.zeros((tiles, num_tokens), device=q_THPd.device)
+    for rows_THRd in q_THPd.split(ROWS_PER_CHUNK, dim=2):
+        received_TP += (rows_THRd.float() @ k_THdP * width**-0.5).softmax(-1).sum(2).mean(1)
+    return received_TP / num_tokens
+
+
+def resized(tiles_T3HW: Tensor, patch_size: int, image_scale: float) -> Tensor:
+    """The tiles at `image_scale`, their sides rounded to whole patches. Antialiased, or fine print would alias."""
+    if image_scale == 1.0:
+        return tiles_T3HW
+    size = [max(1, round(side // patch_size * image_scale)) * patch_size for side in tiles_T3HW.shape[-2:]]
+    resize = nn.functional.interpolate
+    return resize(tiles_T3HW.float(), size=size, mode="bicubic", antialias=True).to(tiles_T3HW.dtype)
+
+
+def run_tower(
+    adapter: FamilyAdapter, tiles_T3HW: Tensor, taps: Collection[str], image_scale: float = 1.0
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """One pass of the tower.
+
+    Returns:
+        Features [T, N, D] as the projector takes them; the CLS features [T, 1, D] if there is a CLS that the projector
+        does not see; the taps, by name.
+    """
+    unknown = sorted(set(taps) - set(TAPS))
+    if unknown:
+        raise ValueError(f"unknown taps {unknown}; the taps that exist: {', '.join(TAPS)}")
+    tower, config = adapter.tower, adapter.model.config
+    has_cls = tower_has_cls(tower)
+    cuts_cls = config.vision_feature_select_strategy == "default"
+    layers = config.vision_feature_layer
+    tiles_T3HW = resized(tiles_T3HW, config.vision_config.patch_size, image_scale)
+    # A plain call where nothing is resized: the features must be the model's own to the bit.
+    resizing = {} if image_scale == 1.0 else {"interpolate_pos_encoding": True}
+    with reading_block(tower_blocks(tower)[SCORED_BLOCK], wanted=bool(taps)) as seen:
+        hidden = tower(tiles_T3HW, output_hidden_states=layers, return_dict=True, **resizing).hidden_states
+    chosen_TPD = hidden[layers] if isinstance(layers, int) else torch.cat([hidden[layer] for layer in layers], dim=-1)
+    features_TND = chosen_TPD[:, 1:] if cuts_cls else chosen_TPD
+    cls_T1D = chosen_TPD[:, :1] if has_cls and cuts_cls else None
+    values: dict[str, Tensor] = {}
+    if taps:
+        num_heads = config.vision_config.num_attention_heads
+        q_THPd, k_THPd = (seen[name].unflatten(-1, (num_heads, -1)).transpose(1, 2) for name in ("q", "k"))
+        # Not cut: the CLS is one of the N visual tokens (select strategy "full" over CLIP); it scores what it pays.
+        first = 1 if cuts_cls else 0
+        if "salience" in taps:
+            if has_cls and cuts_cls:
+                values["salience"] = attention_from_cls(q_THPd, k_THPd)
+            else:
+                values["salience"] = attention_received(q_THPd, k_THPd)[:, first:]
+        if "keys" in taps:
+            values["keys"] = k_THPd.mean(1)[:, first:]
+    return features_TND, cls_T1D, values
+
+
+def encode_images(
+    adapter: FamilyAdapter,
+    pixel_inputs: Sequence[Mapping[str, Tensor]],
+    keys: Sequence[str],
+    taps: Collection[str] = (),
+    image_scale: float = 1.0,
+) -> list[VisionFeatures]:
+    """The tower over several images at once, one `VisionFeatures` of B = 1 for each.
+
+    Args:
+        pixel_inputs: for each image what the processor made of it, on the model's device.
+        keys: for each image the hash of its pixels; equal ones are encoded once.
+        taps: names from `TAPS`.
+        image_scale: side of the image given to the tower relative to the original.
+    """
+    if image_scale != 1.0 and adapter.packs_tiles:
+        raise ValueError(f"{type(adapter).__name__}: an image of several tiles cannot be down-sampled inside them")
+    first_with = {key: index for index, key in reversed(list(enumerate(keys)))}
+    distinct = sorted(first_with.values())
+    tiles = [adapter.tiles(pixel_inputs[index]) for index in distinct]
+    features_TND, cls_T1D, tap_values = run_tower(adapter, torch.cat(tiles), taps, image_scale)
+    counts = [len(image) for image in tiles]
+    by_key: dict[str, VisionFeatures] = {}
+    if adapter.packs_tiles:
+        projected_TND = adapter.projector(features_TND)
+        split_taps = {name: value.split(counts) for name, value in tap_values.items()}
+        for place, (index, features) in enumerate(zip(distinct, projected_TND.split(counts), strict=True)):
+            inputs = pixel_inputs[index]
+            by_key[keys[index]] = VisionFeatures(
+                adapter.pack(features, inputs)[None],
+                stage="projected",
+                taps={name: packed_tap(adapter, value[place], inputs)[None] for name, value in split_taps.items()},
+                sample_keys=(keys[index],),
+            )
+        return [by_key[key] for key in keys]
+    grid = tuple(side // adapter.model.config.vision_config.patch_size for side in tiles[0].shape[-2:])
+    grid = tuple(max(1, round(side * image_scale)) for side in grid)
+    for place, index in enumerate(distinct):
+        row = slice(place, place + 1)
+        by_key[keys[index]] = VisionFeatures(
+            # A slice would keep the whole batch alive in the cache of whoever holds one row.
+            features_TND[row].clone(),
+            taps={name: value[row].clone() for name, value in tap_values.items()},
+            grid=grid if grid[0] * grid[1] == features_TND.shape[1] else None,
+            sample_keys=(keys[index],),
+            cls_B1D=None if cls_T1D is None else cls_T1D[row].clone(),
+            image_scale=image_scale,
+        )
+    return [by_key[key] for key in keys]
+
+
+def packed_tap(adapter: FamilyAdapter, tap_TNx: Tensor, pixel_inputs: Mapping[str, Tensor]) -> Tensor:
+    """A tap in the order of the packed tokens. A line's end has no patch: it scores below all, and its key is zero."""
+    if tap_TNx.dim() == 2:
+        return adapter.pack(tap_TNx[..., None], pixel_inputs, separator=-1.0)[:, 0]
+    return adapter.pack(tap_TNx, pixel_inputs, separator=0.0)
+
+
+def project(adapter: FamilyAdapter, vision_BTD: Tensor, stage: str) -> Tensor:
+    """Features at `stage` to the decoder's width."""
+    return vision_BTD if stage == "projected" else adapter.projector(vision_BTD)
