@@ -110,7 +110,8 @@ class Cost:
         return {
             "parts": dict(self.parts), "attention_causal": self.attention_causal,
             "decoder_prefill": self.decoder_prefill, "decoder_prefill_causal": self.decoder_prefill_causal,
-            "prefill": self.prefill, "per_layer": self.per_layer, "layers": [asdict(layer) for layer in self.layers], "decode_parts": dict(self.decode_parts),
+            "prefill": self.prefill, "per_layer": self.per_layer,
+            "layers": [asdict(layer) for layer in self.layers], "decode_parts": dict(self.decode_parts),
             "kv_bytes": self.kv_bytes, "kv_bytes_final": self.kv_bytes_final,
             "visual_tokens_mean": self.visual_tokens_mean,
         }  # fmt: skip

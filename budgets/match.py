@@ -1,0 +1,86 @@
+"""One dial for every method: the setting whose decoder prefill FLOPs, relative to dense, come nearest to a budget.
+
+"Budget" means different things in different papers (BASELINES.md, trap 1). Here it is one number, and a setting never
+costs more than it says. Sequence lengths differ between samples, so the match is made per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from budgets.costs import price
+from budgets.geometry import ModelGeometry
+from budgets.schedule import dense
+
+if TYPE_CHECKING:
+    from visor.method import Method
+
+
+class BudgetError(ValueError):
+    """A budget that a method cannot meet; the message says what it can reach."""
+
+
+def fit(method: Method, geometry: ModelGeometry, num_visual: int, num_text: int, budget: float) -> Method:
+    """The setting of `method` that costs most among those not above `budget`.
+
+    Args:
+        method: options that the dial does not turn are kept as they are.
+        budget: decoder prefill FLOPs relative to dense, in (0, 1].
+
+    Raises:
+        ValueError: the budget is outside (0, 1], or there is nothing to reduce.
+        BudgetError: even the cheapest setting costs more.
+    """
+    check_budget(budget)
+    if num_visual < 1:
+        raise ValueError(f"a budget needs at least 1 visual token to act on, got num_visual={num_visual}")
+    return _fit(method, geometry, num_visual, num_text, float(budget))
+
+
+def check_budget(budget: float) -> None:
+    """Refuse anything but a number in (0, 1]."""
+    is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool) and math.isfinite(budget)
+    if not is_number or not 0 < budget <= 1:
+        raise ValueError(f"a budget is a number in (0, 1]: decoder prefill FLOPs relative to dense; got {budget!r}")
+
+
+def relative_cost(method: Method, geometry: ModelGeometry, num_visual: int, num_text: int) -> float:
+    """Decoder prefill FLOPs of a setting relative to dense: the budget that it stands for."""
+    cost = price(geometry, method.schedule(geometry, num_visual), num_text)
+    return cost.decoder_prefill / price(geometry, dense(geometry.num_layers, num_visual), num_text).decoder_prefill
+
+
+@lru_cache(maxsize=65536)
+def _fit(method: Method, geometry: ModelGeometry, num_visual: int, num_text: int, budget: float) -> Method:
+    settings = method.settings(geometry, num_visual)
+    full = price(geometry, dense(geometry.num_layers, num_visual), num_text).decoder_prefill
+    # The division, not a product: a setting then meets exactly the budget that `relative_cost` reports for it.
+    cost = lambda i: price(geometry, settings[i].schedule(geometry, num_visual), num_text).decoder_prefill / full
+    # The last setting may keep everything; it then scores nothing, and can cost less than the one before it.
+    last = len(settings) - 1
+    if cost(last) <= budget:
+        return settings[last]
+    best = _last_within(cost, last, budget)
+    if best is None:
+        low, high = cost(0), cost(last)
+        reach = f"only {low:.4g}" if math.isclose(low, high) else f"{low:.4g} to {high:.4g}"
+        raise BudgetError(
+            f"{method.title} cannot meet a budget of {budget:g} with {num_visual} visual and {num_text} text tokens on "
+            f"{geometry.name}: it reaches {reach} of the dense decoder prefill FLOPs"
+        )
+    return settings[best]
+
+
+def _last_within(cost: Callable[[int], float], count: int, budget: float) -> int | None:
+    """The last of `count` rising costs that is not above the budget, by bisection."""
+    low, high = 0, count  # settings before `low` are within, those from `high` on are above
+    while low < high:
+        middle = (low + high) // 2
+        if cost(middle) <= budget:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1 if low else None
