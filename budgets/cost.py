@@ -68,7 +68,9 @@ def report(
         decoder_prefill, per_layer, parts = cost.decoder_prefill, cost.per_layer, cost.parts
         full = price(geometry, reference, num_text).decoder_prefill
     else:
-        figure = price_by_formula(geometry, schedule, num_text, convention)
+        figure = price_by_formula(
+            geometry, schedule, num_text, convention, method.nominal_visual_tokens(geometry, num_visual)
+        )
         decoder_prefill, per_layer, parts = figure.decoder_prefill, list(figure.per_layer), figure.parts
         full = price_by_formula(geometry, reference, num_text, convention).decoder_prefill
     document = {
@@ -111,7 +113,7 @@ def table(document: dict[str, Any]) -> str:
         lines.append(f"  {'decode, first token':<22}{_amount(decode, unit):>18}")
     lines += [
         f"  {'KV cache':<22}{document['kv_bytes'] / 2**20:>14.2f} MiB",
-        f"  {'visual tokens, mean':<22}{document['visual_tokens_mean']:>14.1f}     over layers; text-only layers count 0",
+        f"  {'visual tokens, mean':<22}{document['visual_tokens_mean']:>14.1f}     over the layers; text-only ones: 0",
         "",
         "  layers  mode   visual tokens   " + unit + " per layer",
     ]

@@ -49,6 +49,10 @@ class Method(ABC):
         """FLOPs of deciding which tokens stay, for one sample, beyond the layers themselves."""
         return 0
 
+    def nominal_visual_tokens(self, geometry: ModelGeometry, num_visual: int) -> Sequence[float]:
+        """Visual tokens by layer as the authors' own cost formula takes them; some do not round."""
+        return self.schedule(geometry, num_visual).visual_tokens
+
     def score_tokens(self, context: LayerContext) -> torch.Tensor:
         """In-decoder rule: scores [B, n] of the live tokens; the engine keeps the highest visual ones, in order."""
         raise TypeError(f"{self.title} does not reduce inside the decoder")
