@@ -23,6 +23,7 @@ class ElasticLayer(DynamicLayer):
         valid_BK: which cached keys are real; None if all are.
         group: layers of one group hold the same tokens, so they share masks. A constant while decoding.
         shift_B1: how far position ids of later tokens fall in this layer (contiguous positions); None if not at all.
+        shift_group: layers of one group fall equally far.
         cross: keys [B, H, V, d], values [B, H, V, d], valid [B, V] or None, active [B] or None of the cross block.
     """
 
@@ -34,6 +35,7 @@ class ElasticLayer(DynamicLayer):
         self.valid_BK: Tensor | None = None
         self.group = 0
         self.shift_B1: Tensor | None = None
+        self.shift_group = 0
         self.cross: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
 
     def reset(self) -> None:
@@ -100,8 +102,8 @@ class ElasticCache(DynamicCache):
             )
         if cache.get_seq_length() > 0:
             raise ValueError(
-                f"the cache already holds {cache.get_seq_length()} tokens that were cached outside `running(...)`; start "
-                "the conversation inside it, or continue without a schedule"
+                f"the cache already holds {cache.get_seq_length()} tokens, cached outside `running(...)`; start the "
+                "conversation inside it, or continue without a schedule"
             )
         cache.__class__ = cls
         cache._start(num_layers)

@@ -7,7 +7,6 @@ registers a subclass under its `config.model_type`.
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from budgets.registry import FAMILIES, nearest_first
 from visor.compat import image_output
 
 
-class FamilyAdapter(ABC):
+class FamilyAdapter:
     """View on a `...ForConditionalGeneration` model, or on its inner model, of one family.
 
     Class attributes:
@@ -108,7 +107,8 @@ def adapter_for(model: nn.Module) -> FamilyAdapter:
     if family not in FAMILIES:
         known = ", ".join(nearest_first(family, FAMILIES.names()))
         raise ValueError(
-            f"{type(model).__name__} is of the family {family!r}, which has no adapter; families that have one, nearest "
-            f"first: {known}. Add visor/families/<family>.py with a FamilyAdapter registered as {family!r}."
+            f"{type(model).__name__} is of the family {family!r}, which has no adapter; families that "
+            f"have one, nearest first: {known}. To add it, write visor/families/<family>.py with a FamilyAdapter registered "
+            f"as {family!r}."
         )
     return FAMILIES.get(family)(model)

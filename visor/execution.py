@@ -1,0 +1,155 @@
+"""What one `running(...)` asks for, checked before anything runs, and the record of what it kept.
+
+Shapes: B batch, P prompt length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from budgets.registry import METHODS
+from budgets.schedule import LayerMode, Positions, Schedule, dense
+from visor.compat import uses_sliding_window
+from visor.streams import PromptLayout
+
+KeepMasks = Mapping[int, Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Schedules of one structure, and the methods that choose tokens in them.
+
+    Attributes:
+        schedules: one for all samples, or one a sample.
+        methods: by layer, the method whose reduction stands before it.
+        unmodified: True if the family's own forward must run (a dense schedule on sliding-window layers).
+        keep_masks, visual_BP: see `visor.decoder.running`.
+    """
+
+    schedules: tuple[Schedule, ...]
+    methods: Mapping[int, Any] = field(default_factory=dict)
+    unmodified: bool = False
+    keep_masks: KeepMasks | None = None
+    visual_BP: Tensor | None = None
+
+    @classmethod
+    def unscheduled(cls, num_layers: int) -> Run:
+        """The unmodified model."""
+        return cls((dense(num_layers, 0),))
+
+    @classmethod
+    def of(
+        cls, decoder: nn.Module, schedules: tuple[Schedule, ...], keep_masks: KeepMasks | None, visual: Tensor | None
+    ) -> Run:
+        """Check the schedules against a decoder.
+
+        Raises:
+            ValueError: what does not fit, and what would.
+        """
+        if not schedules:
+            raise ValueError("running() needs at least one schedule")
+        first, num_layers = schedules[0], len(decoder.layers)
+        if any(schedule.structure != first.structure for schedule in schedules):
+            raise ValueError("schedules of one batch must share their structure (counts may differ); group the samples")
+        if first.num_layers != num_layers:
+            raise ValueError(f"the schedule has {first.num_layers} layers, the decoder has {num_layers}")
+        blocks = {int(i) for i in getattr(decoder, "cross_blocks", {})}
+        if missing := [i for i in first.layers_in(LayerMode.CROSS) if i not in blocks]:
+            raise ValueError(
+                f"layers {missing} are CROSS, but have no cross-attention block (layers with one: {sorted(blocks)}); "
+                f"call install(model, cross_layers={missing})"
+            )
+        reductions = {i: op.reduce for i, op in enumerate(first.layers) if op.reduce}
+        if unknown := sorted(set(keep_masks or ()) - set(reductions)):
+            raise ValueError(f"keep_masks for layers {unknown}, the schedule reduces before {sorted(reductions)}")
+        methods = {i: METHODS.get(r.method)(**dict(r.params)) for i, r in reductions.items()}
+        run = cls(schedules, methods, keep_masks=keep_masks, visual_BP=visual)
+        if not uses_sliding_window(decoder.config):
+            return run
+        if run.is_dense:
+            return cls(schedules, unmodified=True)
+        raise ValueError(
+            "this decoder has sliding-window layers: their window counts cached tokens, and dropped tokens would widen "
+            "it. Only dense schedules run on it."
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """True if every layer runs on every token."""
+        return all(op.mode is LayerMode.SELF and op.reduce is None for op in self.schedules[0].layers)
+
+    @property
+    def positions(self) -> Positions:
+        return self.schedules[0].positions
+
+    def layout(self, noted: PromptLayout | None, shape: Sequence[int], attention_mask: Tensor | None) -> PromptLayout:
+        """The prompt's layout: what the caller of `running` gave, else what was noted from input_ids, else all text."""
+        if noted is not None and self.visual_BP is None:
+            return noted
+        visual_BP = torch.zeros(*shape, dtype=torch.bool) if self.visual_BP is None else self.visual_BP
+        if visual_BP.shape != tuple(shape):
+            raise ValueError(f"visual must have the prompt's shape {tuple(shape)}, got {tuple(visual_BP.shape)}")
+        return PromptLayout.of(visual_BP, attention_mask)
+
+    def rows(self, layout: PromptLayout) -> list[Schedule]:
+        """One schedule a row. Beam search repeats each sample, next to itself.
+
+        Raises:
+            ValueError: the number of schedules or their numbers of visual tokens do not fit the batch.
+        """
+        batch, num = len(layout.num_visual), len(self.schedules)
+        if batch % num:
+            raise ValueError(f"{num} schedules for a batch of {batch}: give one for all samples, or one a sample")
+        rows = [schedule for schedule in self.schedules for _ in range(batch // num)]
+        if self.methods:  # without reductions a schedule holds for any number of tokens
+            for i, (row, found) in enumerate(zip(rows, layout.num_visual, strict=True)):
+                if found not in (0, row.decoder_visual):
+                    raise ValueError(
+                        f"row {i}: its schedule is for {row.decoder_visual} visual tokens, the prompt has {found}; "
+                        "give each sample its own schedule"
+                    )
+        return rows
+
+    def forced_keep(self, layer: int, layout: PromptLayout, counts: Sequence[int]) -> Tensor | None:
+        """The visual tokens that `keep_masks` fixes before a layer, a mask [B, P] on the host, or None."""
+        if not self.keep_masks or layer not in self.keep_masks:
+            return None
+        masks, batch = self.keep_masks[layer], len(counts)
+        if not masks or batch % len(masks):
+            raise ValueError(f"keep_masks[{layer}] has {len(masks)} masks for a batch of {batch}")
+        forced_BP = torch.zeros_like(layout.visual_BP)
+        for row, count in enumerate(counts):
+            mask = torch.as_tensor(masks[row // (batch // len(masks))], dtype=torch.bool).to("cpu")
+            if mask.numel() != layout.num_visual[row] or int(mask.sum()) != count:
+                raise ValueError(
+                    f"keep_masks[{layer}], row {row}: expected {count} of {layout.num_visual[row]} visual tokens, got "
+                    f"{int(mask.sum())} of {mask.numel()}"
+                )
+            forced_BP[row, layout.visual_BP[row]] = mask
+        return forced_BP
+
+
+@dataclass
+class KeepRecord:
+    """Which visual tokens were alive after each reduction. Stays on the device until somebody asks."""
+
+    layout: PromptLayout
+    alive_BP: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, alive_BP: Tensor) -> None:
+        self.alive_BP[layer] = alive_BP
+
+    def _by_sample(self, alive_BP: Tensor) -> list[Tensor]:
+        return [row[visual] for row, visual in zip(alive_BP.cpu(), self.layout.visual_BP, strict=True)]
+
+    def by_layer(self) -> dict[int, list[Tensor]]:
+        return {layer: self._by_sample(alive_BP) for layer, alive_BP in self.alive_BP.items()}
+
+    def last(self) -> list[Tensor]:
+        """After the last reduction; all tokens if there was none."""
+        return self._by_sample([*self.alive_BP.values()][-1] if self.alive_BP else self.layout.visual_BP)
