@@ -1,0 +1,538 @@
+"""A loaded model that answers questions about images under schedules, any mix of them in one batch.
+
+    prepare -> encode (cacheable) -> reduce and project -> generate, or prefill and decode apart for timing
+
+Encoder-side reduction shortens the block of image tokens in the prompt and feeds the reduced features through
+transformers' own `mm_encoder_outputs`, so that positions are contiguous by construction. In-decoder reduction is the
+engine's. Every call is complete in itself: nothing stays on the model.
+
+Shapes: B samples, P padded prompt length, N visual tokens before reduction, T after it, D decoder width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from budgets import geometry as geometries
+from budgets.registry import METHODS, nearest_first
+from budgets.schedule import LayerMode, Reduction, Schedule
+from visor import checkpoint, decoder
+from visor.families.base import FamilyAdapter, adapter_for
+from visor.vision import ReducedFeatures, VisionFeatures, encode_images, project
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2")
+
+
+@dataclass(frozen=True)
+class PreparedSample:
+    """One question, ready for the model.
+
+    Args:
+        input_ids: the prompt, with one block of `num_visual` image tokens.
+        num_text: all other tokens.
+        num_visual: visual tokens of the image at full size (N); 0 without an image.
+        pixel_inputs: what the processor made of the image, on the CPU.
+        image_key: hash of the pixels; equal ones share vision features. None without an image.
+    """
+
+    input_ids: tuple[int, ...]
+    num_text: int
+    num_visual: int
+    pixel_inputs: Mapping[str, Tensor] = field(repr=False)
+    image_key: str | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. `kept` tells of each of the N visual tokens whether it stood for itself in the last layer; None if
+    tokens were averaged, or there was no image."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    kept: list[bool] | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A left-padded batch with its visual features in place, all of one schedule structure.
+
+    Args:
+        features: one [T, D] tensor for each sample that has an image.
+        kept: for each sample which of the N tokens the encoder side kept, [N]; None if averaged or without an image.
+    """
+
+    input_ids_BP: Tensor
+    attention_mask_BP: Tensor
+    features: tuple[Tensor, ...]
+    schedules: tuple[Schedule, ...]
+    kept: tuple[Tensor | None, ...]
+
+    @property
+    def positions_BP(self) -> Tensor:
+        """Position ids: real tokens count from 0."""
+        return (self.attention_mask_BP.cumsum(1) - 1).clamp(min=0)
+
+
+@dataclass
+class GroupState:
+    """Samples of one schedule structure between prefill and the tokens that follow. `members` are their places."""
+
+    members: list[int]
+    schedules: tuple[Schedule, ...]
+    next_ids_B1: Tensor
+    attention_mask_BP: Tensor
+    next_positions_B1: Tensor
+    cache: Any
+
+
+def available_devices() -> list[str]:
+    """Names of the devices that this process can use."""
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return names + ["mps"] if torch.backends.mps.is_available() else names
+
+
+def _device(name: str) -> torch.device:
+    known = available_devices()
+    accepted = {*known, *(["cuda"] if "cuda:0" in known else []), "cpu:0"}
+    if name not in accepted:
+        listed = ", ".join(nearest_first(str(name), known))
+        raise ValueError(f"unknown device {name!r}; the devices that exist here, nearest first: {listed}")
+    return torch.device(name)
+
+
+def taps_of(schedules: Sequence[Schedule]) -> frozenset[str]:
+    """What the encoder-side methods of these schedules must see of the tower."""
+    names = {schedule.encoder.method for schedule in schedules if schedule.encoder}
+    return frozenset().union(*(METHODS.get(name).taps for name in names))
+
+
+class LoadedModel:
+    """A vision-language model with its processor, family adapter and geometry.
+
+    Attributes:
+        model: the Hugging Face model, its decoder made elastic.
+        processor: its processor.
+        adapter, geometry: its family and its sizes.
+        name, path, checkpoint_sha256, card: which checkpoint it is; None where it was not loaded from a folder.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: Any, *, name: str | None = None) -> None:
+        self.model = decoder.install(model.eval())
+        self.processor = processor
+        self.adapter: FamilyAdapter = adapter_for(model)
+        self.geometry = geometries.from_config(model.config, name)
+        self.name = name
+        self.path: Path | None = None
+        self.checkpoint_sha256: str | None = None
+        self.card: str | None = None
+
+    @classmethod
+    def load(
+        cls, name_or_path: str | Path, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa"
+    ) -> LoadedModel:
+        """A model from a local folder, a bare name under `visor/checkpoints`, or a Hub id (`organisation/name`).
+
+        Raises:
+            ValueError: no such model, device, dtype or kernel (the message lists those that exist), or weights that
+                are truncated, corrupt, not finite or incomplete (the message names the file).
+        """
+        target = _device(device)
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; the dtypes that exist: {', '.join(DTYPES)}")
+        if attention not in ATTENTION_KERNELS:
+            raise ValueError(f"unknown attention {attention!r}; the kernels that exist: {', '.join(ATTENTION_KERNELS)}")
+        folder = checkpoint.resolve(name_or_path)
+        checkpoint.verify_weights(folder)
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if loading["missing_keys"]:
+            # transformers would go on with random weights in their place.
+            names = ", ".join(sorted(loading["missing_keys"])[:5])
+            raise ValueError(f"{folder} lacks {len(loading['missing_keys'])} weights of its model, such as {names}")
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        loaded = cls(
+            model.to(target), processor, name=folder.name if Path(name_or_path).exists() else str(name_or_path)
+        )
+        loaded.path = folder
+        loaded.checkpoint_sha256 = checkpoint.content_sha256(folder)
+        loaded.card = checkpoint.read_card(folder)
+        return loaded
+
+    @property
+    def device(self) -> str:
+        """Where the weights are: "cpu", "cuda:0", ..."""
+        return str(self.model.device)
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are: a key of `DTYPES`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory of all parameters and buffers, shared ones once."""
+        tensors = {t.data_ptr(): t for t in (*self.model.parameters(), *self.model.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    # --- one sample -----------------------------------------------------------------------------------------------
+
+    def prepare(self, image: Image | None, question: str) -> PreparedSample:
+        """A user turn with the image and the question, through the processor's own chat template.
+
+        Raises:
+            ValueError: the question is empty or holds the image placeholder, or the image cannot be read.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError("the question is empty")
+        placeholder = getattr(self.processor, "image_token", None)
+        if placeholder and placeholder in question:
+            raise ValueError(f"the question holds {placeholder!r}, which stands for an image; write it another way")
+        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
+        if image is not None:
+            content.insert(0, {"type": "image", "image": _readable(image)})
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        input_ids = inputs["input_ids"][0].tolist()
+        image_ids = set(self.adapter.image_token_ids)
+        slots = [index for index, token in enumerate(input_ids) if token in image_ids]
+        if slots and slots[-1] - slots[0] + 1 != len(slots):
+            raise ValueError("the prompt has several blocks of image tokens; one image a sample is supported")
+        if bool(slots) != (image is not None):
+            raise ValueError(f"the chat template put {len(slots)} image tokens for {int(image is not None)} images")
+        wanted = {*self.adapter.raw_image_inputs, "image_sizes"} if slots else set()
+        pixel_inputs = {name: inputs[name] for name in sorted(wanted) if inputs.get(name) is not None}
+        key = _pixel_hash(pixel_inputs) if slots else None
+        return PreparedSample(tuple(input_ids), len(input_ids) - len(slots), len(slots), pixel_inputs, key)
+
+    # --- images ---------------------------------------------------------------------------------------------------
+
+    def vision_key(self, sample: PreparedSample, taps: Collection[str] = (), image_scale: float = 1.0) -> Hashable:
+        """What `encode` depends on: the key under which a cache may keep its row."""
+        return (self.checkpoint_sha256, self.dtype, sample.image_key, tuple(sorted(taps)), image_scale)
+
+    @torch.inference_mode()
+    def encode(
+        self, prepared: Sequence[PreparedSample], taps: Collection[str] = (), image_scale: float = 1.0
+    ) -> list[VisionFeatures | None]:
+        """The tower's features, a row a sample (None without an image); equal images are encoded once.
+
+        Args:
+            taps: what methods must see of the tower: the union of their `taps`, or `taps_of(schedules)`.
+            image_scale: that of the schedules which will use the rows.
+        """
+        with_image = [sample for sample in prepared if sample.image_key is not None]
+        if not with_image:
+            return [None] * len(prepared)
+        pixels = [
+            {
+                name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+                for name, value in sample.pixel_inputs.items()
+            }
+            for sample in with_image
+        ]
+        keys = [sample.image_key for sample in with_image]
+        rows = iter(encode_images(self.adapter, pixels, keys, taps, image_scale))
+        return [None if sample.image_key is None else next(rows) for sample in prepared]
+
+    @torch.inference_mode()
+    def reduce(
+        self, vision: Sequence[VisionFeatures | None], schedules: Sequence[Schedule]
+    ) -> list[ReducedFeatures | None]:
+        """What enters the decoder, a row (B = 1) a sample: reduced as the schedule says, and projected.
+
+        Samples of equal shape and equal reduction are computed together.
+        """
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for index, (row, schedule) in enumerate(zip(vision, schedules, strict=True)):
+            if row is not None:
+                _check_row(row, schedule)
+                groups[row.num_tokens, row.grid, row.stage, schedule.encoder].append(index)
+        results: list[ReducedFeatures | None] = [None] * len(vision)
+        for (_, _, _, reduction), members in groups.items():
+            reduced = self._reduce_stack(VisionFeatures.stack([vision[index] for index in members]), reduction)
+            for place, index in enumerate(members):
+                row = slice(place, place + 1)
+                kept = None if reduced.kept_BN is None else reduced.kept_BN[row]
+                results[index] = ReducedFeatures(reduced.features_BTD[row], kept)
+        return results
+
+    def _reduce_stack(self, stack: VisionFeatures, reduction: Reduction | None) -> ReducedFeatures:
+        if reduction is None:
+            everything_BN = torch.ones(stack.features_BND.shape[:2], dtype=torch.bool, device=self.model.device)
+            return ReducedFeatures(project(self.adapter, stack.features_BND, stack.stage), everything_BN)
+        method = METHODS.get(reduction.method)(**dict(reduction.params))
+        if method.stage == "projected":
+            projected_BND = project(self.adapter, stack.features_BND, stack.stage)
+            stack = replace(stack, features_BND=projected_BND, stage="projected")
+        reduced = method.reduce_features(stack, reduction.keep)
+        num_left = reduced.features_BTD.shape[1]
+        if num_left != reduction.keep:
+            raise ValueError(f"{method.title} left {num_left} visual tokens where the schedule says {reduction.keep}")
+        return replace(reduced, features_BTD=project(self.adapter, reduced.features_BTD, stack.stage))
+
+    # --- prompts --------------------------------------------------------------------------------------------------
+
+    def assemble(
+        self,
+        prepared: Sequence[PreparedSample],
+        vision: Sequence[VisionFeatures | None],
+        schedules: Sequence[Schedule],
+    ) -> Prompt:
+        """A left-padded batch of samples whose schedules have one structure, with reduced features.
+
+        Raises:
+            ValueError: schedules of several structures, a schedule made for another number of visual tokens, or
+                features that were encoded at another scale.
+        """
+        if len({schedule.structure for schedule in schedules}) > 1:
+            raise ValueError("samples of one batch need schedules of one structure; generate() groups them")
+        for sample, schedule, row in zip(prepared, schedules, vision, strict=True):
+            if schedule.source_visual != sample.num_visual:
+                raise ValueError(
+                    f"the schedule is made for {schedule.source_visual} visual tokens, the sample has "
+                    f"{sample.num_visual}"
+                )
+            if (row is None) != (sample.image_key is None):
+                raise ValueError("vision features are needed for exactly the samples that have an image")
+        reduced = self.reduce(vision, schedules)
+        image_ids = set(self.adapter.image_token_ids)
+        prompts = [
+            _shortened(s.input_ids, image_ids, sc.decoder_visual) for s, sc in zip(prepared, schedules, strict=True)
+        ]
+        longest = max(map(len, prompts))
+        pad = self._pad_id()
+        ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return Prompt(
+            torch.tensor(ids, device=self.model.device),
+            torch.tensor(mask, device=self.model.device),
+            tuple(row.features_BTD[0] for row in reduced if row is not None),
+            tuple(schedules),
+            tuple(None if row is None or row.kept_BN is None else row.kept_BN[0] for row in reduced),
+        )
+
+    def _image_arguments(self, prompt: Prompt) -> dict[str, Any]:
+        """A new output object each call: transformers may change it in place."""
+        return {"mm_encoder_outputs": self.adapter.image_outputs(prompt.features)} if prompt.features else {}
+
+    def _pad_id(self) -> int:
+        for owner in (self.model.generation_config, self.processor.tokenizer):
+            if isinstance(owner.pad_token_id, int):
+                return owner.pad_token_id
+        return 0  # masked everywhere
+
+    def _stop_ids(self) -> set[int]:
+        stop = self.model.generation_config.eos_token_id
+        return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prepared: Sequence[PreparedSample],
+        vision: Sequence[VisionFeatures | None],
+        schedules: Sequence[Schedule],
+        max_new_tokens: int,
+    ) -> list[Generation]:
+        """Greedy answers in the order of the samples, whatever mix of schedules they have."""
+        answers: list[Generation | None] = [None] * len(prepared)
+        for members, prompt in self._prompts(prepared, vision, schedules):
+            for index, answer in zip(members, self._generate(prompt, max_new_tokens), strict=True):
+                answers[index] = answer
+        return answers
+
+    def _prompts(
+        self,
+        prepared: Sequence[PreparedSample],
+        vision: Sequence[VisionFeatures | None],
+        schedules: Sequence[Schedule],
+    ) -> Iterator[tuple[list[int], Prompt]]:
+        """The samples grouped by the structure of their schedules: their places, and their batch."""
+        self.check(schedules)
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for index, schedule in enumerate(schedules):
+            groups[schedule.structure].append(index)
+        for members in groups.values():
+            yield members, self.assemble(*([items[i] for i in members] for items in (prepared, vision, schedules)))
+
+    def _generate(self, prompt: Prompt, max_new_tokens: int) -> list[Generation]:
+        from transformers import GenerationConfig
+
+        # Every field that a checkpoint's own generation_config may set is set here: greedy means the same for all.
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
+            repetition_penalty=1.0, pad_token_id=self._pad_id(), eos_token_id=sorted(self._stop_ids()) or None,
+        )  # fmt: skip
+        with decoder.running(self.model, prompt.schedules):
+            sequences = self.model.generate(
+                input_ids=prompt.input_ids_BP,
+                attention_mask=prompt.attention_mask_BP,
+                generation_config=greedy,
+                **self._image_arguments(prompt),
+            )
+        reduces = any(op.reduce for op in prompt.schedules[0].layers)
+        kept = kept_over_image(prompt, self.adapter.decoder.last_kept if reduces else None)
+        new_ids = sequences[:, prompt.input_ids_BP.shape[1] :].tolist()
+        return [self._answer(ids, row_kept) for ids, row_kept in zip(new_ids, kept, strict=True)]
+
+    def _answer(self, token_ids: list[int], kept: list[bool] | None) -> Generation:
+        stop = self._stop_ids()
+        end = next((index for index, token in enumerate(token_ids) if token in stop), len(token_ids))
+        text = self.processor.tokenizer.decode(token_ids[:end], skip_special_tokens=True).strip()
+        return Generation(text, tuple(token_ids[:end]), kept)
+
+    def check(self, schedules: Sequence[Schedule]) -> None:
+        """Refuse schedules that this model cannot run.
+
+        Raises:
+            ValueError: another number of layers, or CROSS layers without cross-attention blocks.
+        """
+        for schedule in set(schedules):
+            if schedule.num_layers != self.geometry.num_layers:
+                raise ValueError(
+                    f"the schedule has {schedule.num_layers} layers, the decoder {self.geometry.num_layers}"
+                )
+            blocks = {int(layer) for layer in getattr(self.adapter.decoder, "cross_blocks", {})}
+            missing = set(schedule.layers_in(LayerMode.CROSS)) - blocks
+            if missing:
+                raise ValueError(
+                    f"this model has no trained cross-attention blocks at layers {sorted(missing)}: VISOR runs on "
+                    "models trained for it; on others it can only be priced (python -m budgets.cost)"
+                )
+
+    # --- pieces, for timing ---------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        prepared: Sequence[PreparedSample],
+        vision: Sequence[VisionFeatures | None],
+        schedules: Sequence[Schedule],
+        num_new_tokens: int | None = None,
+    ) -> list[GroupState]:
+        """From vision features to the first token: reduce, project, run the prompts.
+
+        Args:
+            num_new_tokens: how many tokens will be asked for. The cache grows as it needs to; this is for backends
+                that must reserve it.
+        """
+        states = []
+        for members, prompt in self._prompts(prepared, vision, schedules):
+            with decoder.running(self.model, prompt.schedules):
+                output = self.model(
+                    input_ids=prompt.input_ids_BP,
+                    attention_mask=prompt.attention_mask_BP,
+                    position_ids=prompt.positions_BP,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **self._image_arguments(prompt),
+                )
+            next_ids_B1 = output.logits[:, -1:].argmax(-1)
+            mask_BP = torch.nn.functional.pad(prompt.attention_mask_BP, (0, 1), value=1)
+            next_positions_B1 = prompt.positions_BP[:, -1:] + 1
+            states.append(
+                GroupState(members, prompt.schedules, next_ids_B1, mask_BP, next_positions_B1, output.past_key_values)
+            )
+        return states
+
+    @torch.inference_mode()
+    def decode(self, states: Sequence[GroupState], num_tokens: int) -> Tensor:
+        """The tokens after the first: ids [B, num_tokens] in the order of the samples, greedily, without stopping.
+
+        `states` move on and may be continued.
+        """
+        num_samples = sum(len(state.members) for state in states)
+        ids = torch.zeros((num_samples, num_tokens), dtype=torch.long, device=self.model.device)
+        for state in states:
+            with decoder.running(self.model, state.schedules):
+                for step in range(num_tokens):
+                    output = self.model(
+                        input_ids=state.next_ids_B1,
+                        attention_mask=state.attention_mask_BP,
+                        position_ids=state.next_positions_B1,
+                        past_key_values=state.cache,
+                        use_cache=True,
+                    )
+                    state.next_ids_B1 = output.logits[:, -1:].argmax(-1)
+                    state.attention_mask_BP = torch.nn.functional.pad(state.attention_mask_BP, (0, 1), value=1)
+                    state.next_positions_B1 = state.next_positions_B1 + 1
+                    ids[state.members, step] = state.next_ids_B1[:, 0]
+        return ids
+
+
+def kept_over_image(prompt: Prompt, alive: Sequence[Tensor] | None) -> list[list[bool] | None]:
+    """For each sample, over its N visual tokens, which stand for themselves in the last layer.
+
+    Args:
+        alive: for each sample which of the tokens that entered the decoder are alive at its end; None means all.
+    """
+    kept_rows: list[list[bool] | None] = []
+    for index, (kept_N, schedule) in enumerate(zip(prompt.kept, prompt.schedules, strict=True)):
+        if alive is not None and schedule.encoder is not None:
+            kept_N = None  # the encoder side may have reordered its tokens: which patch is alive is not known
+        elif alive is not None and kept_N is not None:
+            kept_N = alive[index]
+        kept_rows.append(None if kept_N is None else kept_N.tolist())
+    return kept_rows
+
+
+def _readable(image: Image) -> Image:
+    try:
+        image.load()
+        if min(image.size) < 1:
+            raise ValueError(f"its size is {image.size}")
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds (OSError, SyntaxError, struct.error, ...) for broken files
+        raise ValueError(f"the image cannot be read: {error}") from error
+
+
+def _pixel_hash(pixel_inputs: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(pixel_inputs.items()):
+        digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shortened(input_ids: Sequence[int], image_ids: set[int], num_visual: int) -> list[int]:
+    """The prompt with its block of image tokens cut to `num_visual`."""
+    first = next((index for index, token in enumerate(input_ids) if token in image_ids), len(input_ids))
+    block = sum(token in image_ids for token in input_ids)
+    assert num_visual <= block
+    return [*input_ids[: first + num_visual], *input_ids[first + block :]]
+
+
+def _check_row(row: VisionFeatures, schedule: Schedule) -> None:
+    if row.image_scale != schedule.image_scale:
+        raise ValueError(
+            f"the vision features were encoded at image_scale={row.image_scale}, the schedule needs "
+            f"{schedule.image_scale}"
+        )
+    if schedule.image_scale == 1.0 and row.num_tokens != schedule.source_visual:
+        raise ValueError(f"the tower gave {row.num_tokens} tokens, the schedule is made for {schedule.source_visual}")
