@@ -1,0 +1,70 @@
+"""easy-VQA (PyPI `easy-vqa`, MIT): one coloured shape an image, its own questions, its own train and test images.
+
+The last 200 of its 4,000 training images are this project's validation split.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from visor.synthetic.canvas import COLORS
+from visor.synthetic.world import IMAGE_SIZE, Label, Question, Scene, pick_some
+
+SHAPES = ("circle", "rectangle", "triangle")
+VALIDATION_FROM = 3800
+
+
+@lru_cache(maxsize=2)
+def _package(test: bool) -> tuple[dict, dict]:
+    import easy_vqa
+
+    texts, answers, ids = easy_vqa.get_test_questions() if test else easy_vqa.get_train_questions()
+    questions = defaultdict(list)
+    for text, answer, image_id in zip(texts, answers, ids, strict=True):
+        questions[image_id].append((text, answer))
+    return (easy_vqa.get_test_image_paths() if test else easy_vqa.get_train_image_paths()), questions
+
+
+@lru_cache(maxsize=4)
+def images_of_split(split: str) -> tuple[int, ...]:
+    """Image ids of a split, in the package's numbering, that have at least one question."""
+    paths, questions = _package(split == "test")
+    ids = sorted(i for i in paths if questions[i])
+    if split == "test":
+        return tuple(ids)
+    return tuple(i for i in ids if (i >= VALIDATION_FROM) == (split == "validation"))
+
+
+def _kind(answer: str) -> str:
+    return "easy_vqa/" + ("yes_no" if answer in ("yes", "no") else "color" if answer in COLORS else "shape")
+
+
+def load(split: str, image_id: int) -> tuple[Image.Image, tuple[Question, ...]]:
+    """One image at the models' native size with all its questions."""
+    paths, questions = _package(split == "test")
+    with Image.open(paths[image_id]) as file:
+        image = file.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    return image, tuple(Question(text, answer, _kind(answer)) for text, answer in questions[image_id])
+
+
+def _labels(image: Image.Image, questions: tuple[Question, ...]) -> tuple[Label, ...]:
+    """What stands where: colour and shape as far as the questions tell, at the centre of what is not background."""
+    # Only direct answers are certain; a word in a yes/no question may be absent from the image.
+    certain = tuple(q.answer for q in questions if q.answer in COLORS or q.answer in SHAPES)
+    pixels = np.asarray(image).astype(int)
+    foreground = np.abs(pixels - pixels[0, 0]).sum(-1) > 60
+    if not foreground.any():
+        return ()
+    ys, xs = np.nonzero(foreground)
+    return (Label(tuple(sorted(set(certain))), float(xs.mean()), float(ys.mean())),)
+
+
+def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
+    """One image of the split with up to six of its questions."""
+    ids = images_of_split(split)
+    image, questions = load(split, ids[int(rng.integers(len(ids)))])
+    return Scene(image, tuple(pick_some(rng, questions, 6)), _labels(image, questions), 1)

@@ -1,0 +1,50 @@
+"""Forms: printed fields with a value beside each name; questions ask for a value by its field (DocVQA-like)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from visor.synthetic.canvas import DIGITS, LETTERS, Canvas
+from visor.synthetic.world import Question, Scene, count_between, pick, pick_some
+
+FIELDS = (
+    "TAX AGE NET FEE DAY BOX BED LOT JOB BUS KEY MAP PIN REF SUM VAT ZIP ART BAR CAR DUE END FAX GAS HUB ICE LAW MAX MIN "
+    "NAME DATE CITY CODE SIZE RATE ROOM SEAT GATE UNIT COST PAID TEAM ZONE LANE DOCK BANK CASE DESK EXIT FILE HALL ITEM "
+    "LINE MAIL NOTE PAGE RANK SHIP TYPE USER WARD YEAR"
+).split()
+PHRASINGS = ("what is the value of {}?", "what is written after {}?", "what is the {}?", "read the field {}.")
+
+
+def _value(rng: np.random.Generator) -> str:
+    digits = "".join(pick(rng, DIGITS) for _ in range(int(rng.integers(2, 4))))
+    return digits if rng.random() < 0.7 else pick(rng, LETTERS) + digits[:2]
+
+
+def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
+    """A form of 1 to 7 rows."""
+    num_rows = count_between(rng, 1, 7, size)
+    canvas = Canvas(rng, dark_probability=0.1)
+    codes = ["".join(pick_some(rng, LETTERS, 3)) for _ in range(num_rows)]
+    names = pick_some(rng, FIELDS, num_rows)
+    fields = [name if rng.random() < 0.6 else code for name, code in zip(names, codes, strict=True)]
+    values = [_value(rng) for _ in fields]
+
+    pitch_x, pixels = float(rng.uniform(12.0, 12.8)), int(rng.integers(12, 15))
+    pitch_y = float(rng.uniform(14, min(20.0, 128 / num_rows) if num_rows > 1 else 20))
+    left = float(rng.uniform(8, 11))
+    top = float(rng.uniform(9, max(10.0, 135 - pitch_y * (num_rows - 1))))
+    colon, ruled, right_aligned = rng.random(3) < (0.3, 0.4, 0.4)
+    column = 11 - max(map(len, values)) if right_aligned else max(map(len, fields)) + 1 + int(colon)
+    for row, (field, value) in enumerate(zip(fields, values, strict=True)):
+        y = top + row * pitch_y
+        end = canvas.text(field, left, y, pixels, pitch_x)
+        if colon:
+            canvas.draw.text((end - pitch_x / 2, y), ":", fill=canvas.ink, anchor="mm")
+        start = column + (max(map(len, values)) - len(value) if right_aligned else 0)
+        canvas.text(value, left + start * pitch_x, y, pixels, pitch_x)
+        if ruled:
+            canvas.rule(3, y + pitch_y / 2, 140, y + pitch_y / 2)
+
+    asked = rng.permutation(num_rows)
+    questions = [Question(pick(rng, PHRASINGS).format(fields[i]), values[i], "forms/value") for i in asked]
+    return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_rows)

@@ -1,0 +1,67 @@
+"""What every world yields: a scene, reproducible from (world, split, index)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+SPLITS = ("train", "validation", "test")
+IMAGE_SIZE = 144  # native side length of the embedded models, in pixels
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a scene. `kind` names the skill, for training logs; `answer` is what the image says."""
+
+    text: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Label:
+    """Ground truth for dense supervision: `words` (vocabulary words) stand at pixel (x, y)."""
+
+    words: tuple[str, ...]
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image with its questions and labels. `difficulty` counts what competes for attention (rows, objects, ...)."""
+
+    image: Image.Image
+    questions: tuple[Question, ...]
+    labels: tuple[Label, ...]
+    difficulty: int
+
+
+Draw = Callable[[np.random.Generator, str, float], Scene]
+"""A world: draw(rng, split, size) with size in [0, 1] scaling the number of things from the fewest to the most."""
+
+
+def generator(world: str, split: str, index: int, seed: int = 0) -> np.random.Generator:
+    """The random stream of one scene; streams of different worlds, splits, seeds and indices are independent."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
+    return np.random.default_rng([zlib.crc32(world.encode()), SPLITS.index(split), seed, index])
+
+
+def count_between(rng: np.random.Generator, low: int, high: int, size: float) -> int:
+    """A number of things: uniform between `low` and the largest that `size` allows, at most `high`."""
+    return int(rng.integers(low, round(low + (high - low) * size) + 1))
+
+
+def pick(rng: np.random.Generator, items):
+    """One item, uniformly."""
+    return items[int(rng.integers(len(items)))]
+
+
+def pick_some(rng: np.random.Generator, items, num: int) -> list:
+    """`num` different items in random order."""
+    return [items[int(i)] for i in rng.permutation(len(items))[:num]]

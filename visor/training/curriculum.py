@@ -1,0 +1,79 @@
+"""Which world to draw next, and how large: things grow as accuracy passes a mark, not by the clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MEMORY = 400  # questions over which running accuracy is averaged
+
+
+@dataclass
+class Progress:
+    """Standing of one world: `size` of its scenes in [0, 1] and running accuracy at that size."""
+
+    size: float = 0.0
+    accuracy: float = 0.0
+    seen_at_size: int = 0
+
+
+@dataclass
+class Curriculum:
+    """Worlds in the order in which they join; later ones wait until the earlier ones are under way.
+
+    Args:
+        order: world names, first to last.
+        unlocked: how many of them take part.
+        grow_at: accuracy at which a world's scenes grow.
+        step: by how much.
+        join_at: accuracy that every unlocked world needs (at size >= `join_size`) before the next one joins.
+    """
+
+    order: tuple[str, ...]
+    unlocked: int = 1
+    grow_at: float = 0.9
+    step: float = 0.1
+    join_at: float = 0.85
+    join_size: float = 0.4
+    worlds: dict[str, Progress] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.order:
+            self.worlds.setdefault(name, Progress())
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, float]:
+        """A world, the weaker the likelier, and the size of its scene. One in five scenes is smaller than its world's size."""
+        names = self.order[: self.unlocked]
+        weights = np.array([max(0.08, 1.02 - self.worlds[n].accuracy) for n in names])
+        name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+        size = self.worlds[name].size
+        return name, size if rng.random() < 0.8 else float(rng.uniform(0, size))
+
+    def note(self, world: str, right: list[bool]) -> None:
+        """Take in the results of one scene's questions; grow or unlock."""
+        progress = self.worlds[world]
+        for ok in right:
+            progress.seen_at_size += 1
+            rate = max(1 / MEMORY, 1 / progress.seen_at_size)
+            progress.accuracy += rate * (ok - progress.accuracy)
+        if progress.accuracy >= self.grow_at and progress.seen_at_size >= MEMORY // 2 and progress.size < 1:
+            progress.size = min(1.0, round(progress.size + self.step, 3))
+            progress.seen_at_size = 0
+        if self.unlocked < len(self.order) and all(
+            self.worlds[n].accuracy >= self.join_at and self.worlds[n].size >= self.join_size for n in self.order[: self.unlocked]
+        ):
+            self.unlocked += 1
+
+    def state(self) -> dict:
+        """What a checkpoint needs."""
+        return {"unlocked": self.unlocked, "worlds": {n: vars(p).copy() for n, p in self.worlds.items()}}
+
+    def load(self, state: dict) -> None:
+        """Continue from `state`."""
+        self.unlocked = state["unlocked"]
+        for name, values in state["worlds"].items():
+            self.worlds[name] = Progress(**values)
+
+    def __str__(self) -> str:
+        return " ".join(f"{n} {self.worlds[n].size:.1f}:{self.worlds[n].accuracy:.0%}" for n in self.order[: self.unlocked])

@@ -1,0 +1,209 @@
+"""The stages of the dense base model: decoder on symbols, tower on labels, then both on pixels.
+
+Shapes: B scenes, V visual tokens, T packed text tokens, W vocabulary, D width, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from visor.synthetic.world import Scene
+from visor.training.attention import use_float32_attention
+from visor.training.curriculum import Curriculum
+from visor.training.packing import PackedText, TextEncoder, attention_mask
+from visor.training.symbolic import PatchEmbeddings, PatchWords, present_patches
+from visor.training.tiny_model import TinyArchitecture, build
+from visor.training.trainer import Stage, StepResult
+from visor.training.vocabulary import SPACE, build_tokenizer, words
+
+ORDER = ("forms", "glyphs", "connections", "charts", "scenes", "easy_vqa", "digits")
+
+
+def pixels_of(scenes: Sequence[Scene]) -> torch.Tensor:
+    """[B, 3, H, W] in [-1, 1], as the processor normalises."""
+    array = np.stack([np.asarray(scene.image) for scene in scenes])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def answer_loss(logits_AW: torch.Tensor, text: PackedText) -> tuple[torch.Tensor, list[list[bool]]]:
+    """Cross-entropy over answer tokens, and whether each whole answer is right (as greedy decoding would have it)."""
+    chosen_BT = text.labels_BT >= 0
+    labels_A = text.labels_BT[chosen_BT]
+    loss = F.cross_entropy(logits_AW.float(), labels_A)
+    wrong_A = (logits_AW.detach().argmax(-1) != labels_A).numpy()
+    row_A, question_A = chosen_BT.nonzero()[:, 0].numpy(), text.segment_BT[chosen_BT].numpy()
+    right = [[True] * len(kinds) for kinds in text.kinds]
+    for row, question in zip(row_A[wrong_A], question_A[wrong_A], strict=True):
+        right[row][question] = False
+    return loss, right
+
+
+class TinyModel(nn.Module):
+    """The LLaVA under training with the helpers that training alone needs."""
+
+    def __init__(self, architecture: TinyArchitecture, seed: int = 0) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.tokenizer = build_tokenizer()
+        self.llava = build(architecture, self.tokenizer, seed)
+        use_float32_attention(self.llava)
+        self.patches = PatchEmbeddings(architecture.grid, architecture.decoder_width)
+        self.tower_labels = nn.Linear(architecture.tower_width, len(self.tokenizer))
+        self.text = TextEncoder(self.tokenizer)
+        self.patch_words = PatchWords(self.tokenizer, architecture.grid)
+        self._share_word_embeddings()
+
+    @torch.no_grad()
+    def _share_word_embeddings(self) -> None:
+        # "red" in an answer or a patch and " red" in a question start as the same vector.
+        table, ids = self.llava.get_input_embeddings().weight, self.tokenizer.convert_tokens_to_ids
+        for word in words():
+            if len(word) > 1:
+                table[ids(SPACE + word)] = table[ids(word)]
+
+    def decode(self, visual_BVD, patch_BV, valid_BV, text: PackedText) -> torch.Tensor:
+        """Logits [A, W] at the answer positions, from visual embeddings and packed questions."""
+        decoder = self.llava.model.language_model
+        embeds_BTD = decoder.embed_tokens(text.ids_BT)
+        position_BS = torch.cat([patch_BV, self.architecture.grid**2 + text.offset_BT], 1)
+        mask = attention_mask(valid_BV, text)
+        bias = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        hidden_BSD = decoder(
+            inputs_embeds=torch.cat([visual_BVD.to(embeds_BTD.dtype), embeds_BTD], 1),
+            attention_mask=bias,
+            position_ids=position_BS,
+            use_cache=False,
+        ).last_hidden_state
+        return self.llava.lm_head(hidden_BSD[:, visual_BVD.shape[1] :][text.labels_BT >= 0])
+
+    def symbolic_target(self, scenes: Sequence[Scene]) -> torch.Tensor:
+        """[B, V, D]: what the projector should yield for each patch."""
+        words_BVW = self.patch_words.multi_hot(scenes, len(self.tokenizer))
+        patch_BV = torch.arange(self.architecture.grid**2).expand(len(scenes), -1)
+        return self.patches(words_BVW, self.llava.get_input_embeddings().weight, patch_BV)
+
+    def tower(self, scenes: Sequence[Scene]) -> torch.Tensor:
+        """[B, V, tower width] features, as LLaVA's projector receives them."""
+        output = self.llava.model.vision_tower(pixels_of(scenes), output_hidden_states=True)
+        return output.hidden_states[-1]
+
+
+class DecoderStage(Stage):
+    """Stage 0a: the decoder learns to look things up on symbolic scenes."""
+
+    name = "decoder"
+
+    def __init__(self, model: TinyModel) -> None:
+        self.model, self.curriculum = model, Curriculum(ORDER)
+        llava = model.llava
+        self.module = nn.ModuleDict(
+            {"decoder": llava.model.language_model, "head": llava.lm_head, "patches": model.patches}
+        )
+
+    def kinds(self, scene: Scene) -> list[str]:
+        return [question.kind for question in scene.questions]
+
+    def step(self, scenes: list[Scene], generator: torch.Generator) -> StepResult:
+        model, text = self.model, self.model.text.pack(scenes)
+        words_BVW = model.patch_words.multi_hot(scenes, len(model.tokenizer))
+        # Empty patches join now and then, so that the decoder will not be surprised by the full grid.
+        keep_empty = (0.0, 0.0, 0.0, 0.3)[int(torch.randint(4, (), generator=generator))]
+        patch_BM, valid_BM = present_patches(words_BVW, keep_empty, generator)
+        words_BMW = words_BVW.gather(1, patch_BM[..., None].expand(-1, -1, words_BVW.shape[-1]))
+        with torch.autocast("cpu", torch.bfloat16):
+            visual = model.patches(words_BMW, model.llava.get_input_embeddings().weight, patch_BM)
+            logits = model.decode(visual, patch_BM, valid_BM, text)
+        return StepResult(*answer_loss(logits, text))
+
+
+def label_loss(logits_BVW: torch.Tensor, target_BVW: torch.Tensor) -> torch.Tensor:
+    """Multi-label loss per patch, summed over words and averaged over labelled patches and a tenth of the empty ones."""
+    loss_BVW = F.binary_cross_entropy_with_logits(logits_BVW.float(), target_BVW, reduction="none")
+    weight_BV = target_BVW.any(-1).float() + 0.1
+    return (loss_BVW.sum(-1) * weight_BV).sum() / weight_BV.sum()
+
+
+class TowerStage(Stage):
+    """Stage 0b: the tower names what stands in each patch (this project's stand-in for SigLIP pre-training)."""
+
+    name = "tower"
+
+    def __init__(self, model: TinyModel) -> None:
+        self.model = model
+        self.curriculum = Curriculum(ORDER, unlocked=len(ORDER), grow_at=0.5, step=0.25)
+        self.module = nn.ModuleDict({"tower": model.llava.model.vision_tower, "labels": model.tower_labels})
+        nn.init.constant_(model.tower_labels.bias, -5.0)
+
+    def kinds(self, scene: Scene) -> list[str]:
+        return ["label/" + ("word" if len(label.words[0]) > 1 else "glyph") for label in self._labels(scene)]
+
+    def _labels(self, scene: Scene):
+        return [label for label in scene.labels if label.words]
+
+    def step(self, scenes: list[Scene], generator: torch.Generator) -> StepResult:
+        model = self.model
+        target_BVW = model.patch_words.multi_hot(scenes, len(model.tokenizer))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits_BVW = model.tower_labels(model.tower(scenes))
+        loss = label_loss(logits_BVW, target_BVW)
+        exact_BV = ((logits_BVW.detach() > 0) == target_BVW.bool()).all(-1)
+        right = [
+            [bool(exact_BV[b, model.patch_words.patch_of(label)]) for label in self._labels(one)]
+            for b, one in enumerate(scenes)
+        ]
+        return StepResult(loss, right)
+
+
+class DenseStage(Stage):
+    """Stages 1 and 2: tower, projector and decoder on pixels; answers, with the patch labels as a side loss."""
+
+    name = "dense"
+
+    def __init__(self, model: TinyModel, side_weight: float = 0.3) -> None:
+        self.model, self.side_weight = model, side_weight
+        self.curriculum = Curriculum(ORDER, unlocked=len(ORDER), grow_at=0.85, step=0.2)
+        self.module = model
+
+    def kinds(self, scene: Scene) -> list[str]:
+        return [question.kind for question in scene.questions]
+
+    def step(self, scenes: list[Scene], generator: torch.Generator) -> StepResult:
+        model, text = self.model, self.model.text.pack(scenes)
+        grid_size = model.architecture.grid**2
+        patch_BV = torch.arange(grid_size).expand(len(scenes), -1)
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.tower(scenes)
+            visual = model.llava.model.multi_modal_projector(features)
+            logits = model.decode(visual, patch_BV, torch.ones_like(patch_BV, dtype=torch.bool), text)
+            side_logits = model.tower_labels(features)
+        loss, right = answer_loss(logits, text)
+        side = label_loss(side_logits, model.patch_words.multi_hot(scenes, len(model.tokenizer)))
+        return StepResult(loss + self.side_weight * side, right)
+
+
+class AlignStage(Stage):
+    """Stage 1: the projector (tower and decoder still) maps features to the embeddings that the decoder knows."""
+
+    name = "align"
+
+    def __init__(self, model: TinyModel) -> None:
+        self.model = model
+        self.curriculum = Curriculum(ORDER, unlocked=len(ORDER))
+        for progress in self.curriculum.worlds.values():
+            progress.size = 1.0
+        self.module = model.llava.model.multi_modal_projector
+
+    def kinds(self, scene: Scene) -> list[str]:
+        return []
+
+    def step(self, scenes: list[Scene], generator: torch.Generator) -> StepResult:
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features, target = self.model.tower(scenes), self.model.symbolic_target(scenes)
+            visual = self.module(features)
+        return StepResult(F.mse_loss(visual.float(), target.float()), [[] for _ in scenes])
