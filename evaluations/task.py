@@ -1,0 +1,121 @@
+"""What a task is: a fixed list of samples of a held-out split, and the metric that scores their answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from PIL import Image
+
+from visor.synthetic.worlds import scene
+
+Kind = Literal["coarse", "fine-grained", "reasoning"]
+
+
+def image_id_of(image: Image.Image) -> str:
+    """Sixteen hex digits that stand for an image's size and pixels."""
+    pixels = image.convert("RGB")
+    return hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one image.
+
+    Args:
+        task: name of the task it belongs to.
+        image: decoded, in RGB.
+        question: what the model is asked, word for word.
+        references: answers that count as right, at least one.
+        image_id: hash of the pixels; questions about one image share it (and its `Image`).
+        sample_id: hash of image, question and references.
+        difficulty: how many things compete for attention (rows, objects, characters), for breakdowns.
+    """
+
+    task: str
+    image: Image.Image
+    question: str
+    references: tuple[str, ...]
+    image_id: str
+    sample_id: str
+    difficulty: int = 1
+
+    @classmethod
+    def make(cls, task: str, image: Image.Image, image_id: str, question: str, references, difficulty: int = 1) -> Sample:
+        """A sample with its content hash."""
+        content = json.dumps([task, image_id, question, list(references)])
+        sample_id = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return cls(task, image, question, tuple(references), image_id, sample_id, difficulty)
+
+
+class Task(ABC):
+    """Base of all tasks; a subclass is registered with `@TASKS.register(name)`.
+
+    Class attributes:
+        name, title: as registered, and as a reader sees it.
+        version: counts up whenever samples or scoring change, so that old records are not mixed with new ones.
+        metric: name in `evaluations.metrics.METRICS`.
+        kind: what it asks for; suites group by it.
+        max_new_tokens: longest answer, in tokens.
+        num_samples: how many questions the test split has here, at most.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    version: ClassVar[int] = 1
+    metric: ClassVar[str] = "exact_match"
+    kind: ClassVar[Kind]
+    max_new_tokens: ClassVar[int] = 8
+    num_samples: ClassVar[int] = 600
+
+    @abstractmethod
+    def stream(self) -> Iterator[Sample]:
+        """The samples of the held-out split, always in the same order."""
+
+    def samples(self, limit: int | None = None) -> list[Sample]:
+        """The first `limit` samples (default: all of them).
+
+        Raises:
+            ValueError: `limit` is not positive.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit must be at least 1 sample, got {limit}")
+        wanted = min(limit or self.num_samples, self.num_samples)
+        chosen, seen = [], set()
+        for sample in self.stream():
+            if sample.sample_id not in seen:  # the same question may be drawn twice for an image
+                seen.add(sample.sample_id)
+                chosen.append(sample)
+            if len(chosen) == wanted:
+                break
+        return chosen
+
+
+class SyntheticTask(Task):
+    """A task over the test split of one of the worlds in `visor.synthetic`.
+
+    Class attributes:
+        world: name of the world.
+        size: scale of its scenes in [0, 1]; 1 is the largest the world draws.
+        questions_per_image: how many of a scene's questions are asked.
+    """
+
+    world: ClassVar[str]
+    size: ClassVar[float] = 1.0
+    questions_per_image: ClassVar[int] = 3
+
+    def stream(self) -> Iterator[Sample]:
+        index = 0
+        while True:
+            one = scene(self.world, "test", index, self.size)
+            image_id = image_id_of(one.image)
+            # A scene lists its questions by kind: take them evenly spaced, starting anywhere, so that all kinds come.
+            num = min(self.questions_per_image, len(one.questions))
+            for k in range(num):
+                question = one.questions[(index + k * len(one.questions) // num) % len(one.questions)]
+                yield Sample.make(self.name, one.image, image_id, question.text, (question.answer,), one.difficulty)
+            index += 1
