@@ -1,4 +1,4 @@
-"""What a run is asked to do: a frozen configuration, checked as far as names and numbers go before anything is loaded."""
+"""What a run is asked to do: a frozen configuration, its names and numbers checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from typing import Any
 
 from budgets.registry import METHODS, TASKS, UnknownNameError, nearest_first
 from evaluations.suite import Suite, SuiteTask
+from visor.checkpoint import embedded_names
 
-CHECKPOINTS_FOLDER = Path(__file__).resolve().parent.parent / "visor" / "checkpoints"
 DEVICES = ("cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
-
-
-def checkpoint_names() -> list[str]:
-    """The models that ship with the project."""
-    return sorted(path.parent.name for path in CHECKPOINTS_FOLDER.glob("*/config.json"))
 
 
 def check_name(kind: str, name: str, known: list[str] | tuple[str, ...]) -> None:
@@ -30,14 +25,13 @@ def check_name(kind: str, name: str, known: list[str] | tuple[str, ...]) -> None
 
 def check_model(name: str) -> None:
     """A model is a shipped checkpoint, a folder with a config.json, or an `owner/name` of the Hugging Face Hub."""
-    path = Path(name)
-    if name in checkpoint_names() or (path / "config.json").is_file():
+    path = Path(name).expanduser()
+    if name in embedded_names() or (path / "config.json").is_file():
         return
     if path.exists():
-        raise UnknownNameError(f"the model folder {name} holds no config.json; it must be a folder saved by save_pretrained")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return
-    check_name("model", name, checkpoint_names())
+        raise UnknownNameError(f"the model folder {name} holds no config.json; it takes one saved by save_pretrained")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        check_name("model", name, embedded_names())
 
 
 @dataclass(frozen=True)
@@ -84,10 +78,6 @@ class RunConfig:
                     raise ValueError(f"{kind} {name!r} is named twice")
         if not self.budgets:
             raise ValueError("there is nothing to run: no budget is named")
-        for method in self.methods:
-            METHODS.get(method)
-        for task in self.tasks:
-            TASKS.get(task.name)
         check_name("device", re.sub(r"^cuda:\d+$", "cuda", self.device), DEVICES)
         check_name("dtype", self.dtype, DTYPES)
         check_name("attention", self.attention, ATTENTIONS)
@@ -99,6 +89,10 @@ class RunConfig:
             raise ValueError(f"--seed must be at least 0, got {self.seed}")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; it must be a folder, new or of an earlier run")
+        for method in self.methods:
+            METHODS.get(method)
+        for task in self.tasks:
+            TASKS.get(task.name)
         check_model(self.model)
 
     @classmethod
@@ -113,7 +107,7 @@ class RunConfig:
         out: Path | None = None,
         **rest: Any,
     ) -> RunConfig:
-        """A configuration in which what is not given comes from the suite. Any task may be named, of the suite or not."""
+        """A configuration that takes from the suite what is not given. Any task may be named, of the suite or not."""
         of_suite = {task.name: task for task in suite.tasks}
         chosen = [of_suite.get(name, SuiteTask(name)) for name in tasks] if tasks is not None else list(suite.tasks)
         if limit is not None and limit >= 1:

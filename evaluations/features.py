@@ -22,8 +22,8 @@ class FeatureKey:
         dtype: number format of the tower.
         image_scale: scale of the image given to the tower, 1.0 is untouched.
         image_key: hash of the pixels.
-        group: the images encoded in the same call. Rounding in a matrix product may depend on the size of the batch; with
-            the batch in the key, a continued run takes bit-equal features, not merely features of the same image.
+        group: the images encoded in the same call. Rounding in a matrix product may depend on the size of the batch;
+            with the batch in the key, a continued run takes bit-equal features, not merely some of the same image.
     """
 
     tower_sha256: str
@@ -34,7 +34,9 @@ class FeatureKey:
 
 
 def num_bytes(value: Any) -> int:
-    """Memory held by the tensors in a value: tensors, dataclasses, dicts and sequences of them."""
+    """Memory held by the tensors in a value: what says so itself, tensors, dataclasses, mappings and sequences."""
+    if isinstance(getattr(value, "num_bytes", None), int):
+        return value.num_bytes
     if hasattr(value, "element_size"):
         return value.numel() * value.element_size()
     if hasattr(value, "nbytes"):
@@ -101,7 +103,8 @@ class FeatureCache:
         """One line for people."""
         if self.hit_rate is None:
             return "vision features: none were needed"
+        held, capacity = self.held_bytes / 2**20, self.capacity_bytes / 2**20
         return (
-            f"vision features: {self.hit_rate:.1%} of {self.hits + self.misses:,} look-ups came from the cache; it holds "
-            f"{self.held_bytes / 2**20:,.0f} of {self.capacity_bytes / 2**20:,.0f} MiB, {self.evictions:,} evicted"
+            f"vision features: {self.hit_rate:.1%} of {self.hits + self.misses:,} look-ups came from the cache, which "
+            f"holds {held:,.0f} of {capacity:,.0f} MiB; {self.evictions:,} evicted"
         )

@@ -1,4 +1,4 @@
-"""Progress on stderr, so that stdout stays for results: a live bar with an ETA, or plain lines where nobody looks live."""
+"""Progress on stderr, so that stdout stays for results: a live bar with an ETA, or plain lines in a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def duration(seconds: float) -> str:
-    """"1:05" or "2:03:04"."""
+    """ "1:05" or "2:03:04"."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -45,7 +45,8 @@ class Progress:
         """The state in words."""
         elapsed, worked = time.monotonic() - self.started, self.done - self.resumed
         eta = f", {duration(elapsed / worked * (self.total - self.done))} left" if worked else ""
-        return f"{self.title}: {self.done:,} of {self.total:,} ({self.done / max(1, self.total):.0%}){eta}  {detail}".rstrip()
+        share = self.done / max(1, self.total)
+        return f"{self.title}: {self.done:,} of {self.total:,} ({share:.0%}){eta}  {detail}".rstrip()
 
     def say(self, text: str) -> None:
         """Print a line for people without tearing the bar."""

@@ -1,4 +1,4 @@
-"""A suite is a YAML file: which tasks, how many samples of each, and the methods and budgets that are compared by default."""
+"""A suite is a YAML file: which tasks, how many samples of each, and the methods and budgets compared by default."""
 
 from __future__ import annotations
 

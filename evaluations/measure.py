@@ -1,0 +1,339 @@
+"""The timing pass: how long a setting takes and how much memory, under conditions that are the same for all settings.
+
+Never mixed with the accuracy pass: a fixed list of samples, batch 1 and one throughput batch, a fixed number of new
+tokens, no feature cache, warm-up, synchronised clocks. Settings are measured in turns (A B C, B C A, ...), so that a
+machine that slows down slows all of them, and every run is kept raw. Memory is taken in a run of its own, as watching
+it costs time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluations.cells import Lengths, Plan, Planner, Setting, check_sample
+from evaluations.progress import Progress
+from evaluations.records import RunFolder, TimingRecord
+from evaluations.suite import TimingPlan
+
+if TYPE_CHECKING:
+    from evaluations.task import Sample
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Wall and processor time of one stage, in milliseconds. Processor time sums over the threads of the process."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured pass from pixels to the last token."""
+
+    tower: Clock
+    prefill: Clock
+    decode: Clock
+    end_to_end: Clock
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Highest memory of one run. None with the reason why it was not measured."""
+
+    total_bytes: int | None
+    without_weights_bytes: int | None
+    reason: str | None = None
+
+
+def timed(work: Callable[[], Any], synchronise: Callable[[], None]) -> tuple[Any, Clock]:
+    """The result of some work, and what it took once the device has finished it."""
+    synchronise()
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    synchronise()
+    return result, Clock((time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3)
+
+
+def synchroniser(device: str) -> Callable[[], None]:
+    """What waits until a device has done what it was told to."""
+    import torch
+
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return torch.mps.synchronize if kind == "mps" else lambda: None
+
+
+def run_once(
+    loaded: Any,
+    prepared: Sequence[Any],
+    setting: Setting,
+    planner: Planner,
+    new_tokens: int,
+    synchronise: Callable[[], None],
+) -> Run:
+    """One pass over one batch, stage by stage; reduction and projector count as prefill.
+
+    The image is already pixels: reading and resizing files is not timed.
+    """
+    schedules = [planner.fitted(setting, Lengths(p.num_visual, p.num_text))[1] for p in prepared]
+
+    def encode() -> list[Any]:
+        features: list[Any] = [None] * len(prepared)
+        for scale in {schedule.image_scale for schedule in schedules}:
+            places = [i for i, schedule in enumerate(schedules) if schedule.image_scale == scale]
+            encoded = loaded.encode([prepared[i] for i in places], setting.method.taps, scale)
+            for i, value in zip(places, encoded, strict=True):
+                features[i] = value
+        return features
+
+    def prefill_groups(vision: list[Any]) -> list[Any]:
+        """As `generate` does it: samples whose schedules differ in structure cannot share a batch."""
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for i, schedule in enumerate(schedules):
+            groups[schedule.structure].append(i)
+        return [
+            loaded.prefill(loaded.assemble(*([items[i] for i in places] for items in (prepared, vision, schedules))))
+            for places in groups.values()
+        ]
+
+    vision, tower = timed(encode, synchronise)
+    states, prefill = timed(lambda: prefill_groups(vision), synchronise)
+    _, decode = timed(lambda: [loaded.decode(state, new_tokens - 1) for state in states], synchronise)
+    total = Clock(tower.wall_ms + prefill.wall_ms + decode.wall_ms, tower.cpu_ms + prefill.cpu_ms + decode.cpu_ms)
+    return Run(tower, prefill, decode, total)
+
+
+class ResidentMemory:
+    """Highest resident memory of this process during a block, over what it had before.
+
+    Linux can reset its own high-water mark (/proc/self/clear_refs); elsewhere a thread looks every few milliseconds.
+    """
+
+    INTERVAL_S = 0.002
+
+    def __init__(self) -> None:
+        self.growth_bytes: int | None = None
+
+    def __enter__(self) -> ResidentMemory:
+        # What was freed but not given back would hide the growth of this block.
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (AttributeError, OSError):
+            pass
+        self.before = resident_bytes()
+        self.can_reset = self.before is not None and _reset_high_water_mark()
+        self.highest, self.finished = self.before or 0, threading.Event()
+        if self.before is not None and not self.can_reset:
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.finished.wait(self.INTERVAL_S):
+            self.highest = max(self.highest, resident_bytes() or 0)
+
+    def __exit__(self, *error: Any) -> None:
+        if self.before is None:
+            return
+        if self.can_reset:
+            self.highest = max(self.highest, _status_bytes("VmHWM") or 0)
+        else:
+            self.finished.set()
+            self.thread.join()
+        self.growth_bytes = max(0, self.highest - self.before)
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM, or None where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _status_bytes(field: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return _status_bytes("VmHWM") is not None
+
+
+def measure_memory(work: Callable[[], Any], device: str, weights_bytes: int) -> PeakMemory:
+    """Peak memory of some work: on CUDA what torch allocated, on a CPU the growth of the process plus the weights.
+
+    The interpreter and its libraries are left out on a CPU, so that both figures mean the same on every device.
+    """
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        return PeakMemory(peak, peak - before)
+    if kind != "cpu":
+        work()
+        return PeakMemory(None, None, f"peak memory is not measured on {kind}")
+    with ResidentMemory() as memory:
+        work()
+    if memory.growth_bytes is None:
+        return PeakMemory(None, None, "this system does not tell the resident memory of a process")
+    return PeakMemory(weights_bytes + memory.growth_bytes, memory.growth_bytes)
+
+
+def weights_bytes(model: Any) -> int:
+    """Memory of the parameters and buffers of a model; tied weights count once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+
+
+def timing_samples(plan: Plan, timing: TimingPlan) -> list[Sample]:
+    """The samples that are timed: one of each task in turn, in the order of their ids, no image twice.
+
+    An image that came twice in a batch would be encoded once, and the tower would look faster than it is.
+    """
+    queues = [sorted(task.samples, key=lambda sample: sample.sample_id) for task in plan.tasks]
+    chosen: dict[str, Sample] = {}
+    for depth in range(max(map(len, queues))):
+        for queue in queues:
+            if len(chosen) == max(timing.num_samples, timing.throughput_batch):
+                return list(chosen.values())
+            if depth < len(queue):
+                try:
+                    check_sample(queue[depth])
+                except ValueError:  # a failed record of the accuracy pass; here the next sample takes its place
+                    continue
+                chosen.setdefault(queue[depth].image_id, queue[depth])
+    return list(chosen.values())
+
+
+class TimingPass:
+    """Measures the settings of a plan that lack runs, and appends every run to timings.jsonl.
+
+    Args:
+        loaded: the model. Its `prefill` and `decode` are timed apart.
+    """
+
+    def __init__(self, loaded: Any, plan: Plan, planner: Planner, folder: RunFolder, timing: TimingPlan) -> None:
+        self.loaded, self.plan, self.planner, self.folder, self.timing = loaded, plan, planner, folder, timing
+        self.synchronise = synchroniser(str(loaded.device))
+        self.samples = timing_samples(plan, timing)
+        # With fewer images than the throughput batch wants, the batch is what there is, and the rows say so.
+        self.batch_sizes = sorted({1, min(timing.throughput_batch, len(self.samples))}) if self.samples else []
+
+    def pending(self) -> dict[int, list[Setting]]:
+        """By batch size, the settings with fewer runs than the plan asks for."""
+        runs: dict[tuple[int, str], list[float]] = defaultdict(list)
+        for row in self.folder.timings():
+            runs[row.batch_size, row.setting_id].append(row.end_to_end_ms)
+        enough = lambda rows: self._enough(len(rows), sum(rows) / 1e3)
+        return {
+            size: [setting for setting in self.plan.settings if not enough(runs[size, setting.id])]
+            for size in self.batch_sizes
+        }
+
+    def _enough(self, num_runs: int, seconds: float) -> bool:
+        least = num_runs >= self.timing.min_runs and seconds >= self.timing.min_seconds
+        return least or num_runs >= self.timing.max_runs
+
+    def run(self, pending: dict[int, list[Setting]], progress: Progress) -> dict[str, str]:
+        """Measure. Returns the settings that could not be, with the reason; the others are not disturbed."""
+        if not self.samples:
+            return {setting.id: "no sample can be read" for setting in self.plan.settings}
+        self.folder.timings_file.drop_torn_line()
+        prepared = [self.loaded.prepare(sample.image, sample.question) for sample in self.samples]
+        failed: dict[str, str] = {}
+        for size, settings in pending.items():
+            settings = [setting for setting in settings if setting.id not in failed]
+            batches = [[each] for each in prepared[: self.timing.num_samples]] if size == 1 else [prepared[:size]]
+            self._measure(size, batches, settings, failed, progress)
+        return failed
+
+    def _measure(
+        self, size: int, batches: list[list[Any]], settings: list[Setting], failed: dict[str, str], progress: Progress
+    ) -> None:
+        def attempt(setting: Setting, work: Callable[[], Any]) -> Any:
+            try:
+                return work()
+            except Exception as error:
+                failed[setting.id] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                progress.say(f"timing of {setting.id} at batch {size} failed: {failed[setting.id]}")
+                return None
+
+        memory = {setting.id: attempt(setting, lambda s=setting: self._memory(s, batches[0])) for setting in settings}
+        seconds = dict.fromkeys(memory, 0.0)
+        first = 1 + max((row.round for row in self.folder.timings() if row.batch_size == size), default=-1)
+        number = 0
+        while alive := [setting for setting in settings if setting.id not in failed]:
+            if all(self._enough(number, seconds[setting.id]) for setting in alive):
+                break
+            batch, turn = batches[number % len(batches)], number % len(alive)
+            for setting in alive[turn:] + alive[:turn]:
+                run = attempt(setting, lambda s=setting, b=batch: self._once(s, b))
+                if run is not None:
+                    seconds[setting.id] += run.end_to_end.wall_ms / 1e3
+                    row = self._row(setting, size, first + number, batch, run, memory[setting.id])
+                    self.folder.timings_file.append([row.to_dict()])
+            number += 1
+            progress.advance(len(alive) if number <= self.timing.min_runs else 0, f"batch {size}, round {number}")
+
+    def _memory(self, setting: Setting, batch: list[Any]) -> PeakMemory:
+        """The first run is the warm-up: it chooses kernels and grows pools, and is measured neither way."""
+        self._once(setting, batch)
+        return measure_memory(
+            lambda: self._once(setting, batch), str(self.loaded.device), weights_bytes(self.loaded.model)
+        )
+
+    def _once(self, setting: Setting, batch: list[Any]) -> Run:
+        return run_once(self.loaded, batch, setting, self.planner, self.timing.new_tokens, self.synchronise)
+
+    def _row(
+        self, setting: Setting, size: int, number: int, batch: list[Any], run: Run, memory: PeakMemory
+    ) -> TimingRecord:
+        not_measured = {"scoring_ms": "choosing tokens is part of the prefill; it is not timed apart"}
+        if memory.reason:
+            not_measured["peak_memory_bytes"] = not_measured["peak_memory_without_weights_bytes"] = memory.reason
+        return TimingRecord(
+            setting_id=setting.id,
+            method=setting.name,
+            budget=setting.budget,
+            policy=setting.policy,
+            batch_size=size,
+            round=number,
+            num_text=max(prepared.num_text for prepared in batch),
+            num_visual=max(prepared.num_visual for prepared in batch),
+            num_new_tokens=self.timing.new_tokens,
+            tower_ms=run.tower.wall_ms,
+            scoring_ms=None,
+            prefill_ms=run.prefill.wall_ms,
+            decode_ms_per_token=run.decode.wall_ms / (self.timing.new_tokens - 1),
+            end_to_end_ms=run.end_to_end.wall_ms,
+            cpu_prefill_ms=run.prefill.cpu_ms,
+            peak_memory_bytes=memory.total_bytes,
+            peak_memory_without_weights_bytes=memory.without_weights_bytes,
+            device=str(self.loaded.device),
+            not_measured=not_measured,
+        )

@@ -1,0 +1,299 @@
+"""The accuracy pass: every cell gets one record a sample, whatever happens to the process on the way.
+
+The order is task, batch, setting: a batch is prepared and encoded once and then answered under every setting, so the
+vision tower runs once an image however many methods are compared. A cell's records are a prefix of its batches.
+Continuing cuts a cell back to whole batches and goes on with the same batches, which gives the same bytes as an
+unbroken run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from evaluations.cells import Cell, Lengths, Plan, PlannedTask, Planner, check_sample, digest
+from evaluations.features import FeatureCache, FeatureKey
+from evaluations.metrics import score
+from evaluations.progress import Progress
+from evaluations.records import NUM_EXPLORER_SAMPLES, Manifest, RunFolder, SampleRecord, pack_bits
+
+if TYPE_CHECKING:
+    from budgets.schedule import Schedule
+    from evaluations.task import Sample
+
+
+@dataclass
+class CellState:
+    """A cell while it is run."""
+
+    cell: Cell
+    num_batches_done: int = 0
+    num_resumed: int = 0
+    error: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def open(self) -> bool:
+        return self.error is None and self.num_batches_done < len(self.cell.task.batches)
+
+
+@dataclass
+class BatchInputs:
+    """One batch, ready for every setting: what could be prepared, and why the rest could not."""
+
+    samples: Sequence[Sample]
+    prepared: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What an accuracy pass left behind."""
+
+    num_cells: int
+    num_failed_cells: int
+    num_samples: int
+    num_failed_samples: int
+    seconds: float
+
+
+class Sweep:
+    """Runs the cells of a plan that are not done.
+
+    Args:
+        loaded: the model (`visor.inference.LoadedModel`).
+        planner: schedules and prices for its geometry.
+        folder: where records go; the caller holds its lock.
+        suite: name of the suite, for the manifests.
+        cache: vision features.
+    """
+
+    def __init__(
+        self, loaded: Any, plan: Plan, planner: Planner, folder: RunFolder, suite: str, cache: FeatureCache
+    ) -> None:
+        self.loaded, self.plan, self.planner, self.folder, self.suite = loaded, plan, planner, folder, suite
+        self.cache = cache
+        # One look at the tower serves all methods: what any of them wants to see is recorded for all.
+        self.taps = frozenset().union(*(setting.method.taps for setting in plan.settings))
+
+    def pending(self) -> dict[str, CellState]:
+        """Where each cell stands, by key; a cell with a manifest that says "ok" is absent. Changes nothing."""
+        states = {}
+        for cell in self.plan.cells:
+            manifest = self.folder.manifest(cell.key)
+            if manifest is None or manifest.status != "ok":
+                states[cell.key] = self._state(cell)
+        return states
+
+    def _state(self, cell: Cell) -> CellState:
+        """Whole batches that are already recorded."""
+        recorded = [record.sample_id for record in self.folder.samples(cell.key)]
+        state = CellState(cell)
+        for batch in cell.task.batches:
+            end = state.num_resumed + len(batch)
+            if recorded[state.num_resumed : end] != [sample.sample_id for sample in batch]:
+                break
+            state.num_resumed, state.num_batches_done = end, state.num_batches_done + 1
+        return state
+
+    def run(self, states: dict[str, CellState], progress: Progress) -> SweepResult:
+        """Complete the cells of `states`; a cell that fails is recorded as such and the others go on."""
+        started = time.monotonic()
+        for state in states.values():
+            self.folder.samples_file(state.cell.key).cut(state.num_resumed)
+        for task in self.plan.tasks:
+            of_task = [states[cell.key] for cell in self.plan.cells if cell.task is task and cell.key in states]
+            if of_task:
+                self._save_images(task)
+                self._run_task(task, of_task, progress)
+        return self._result(time.monotonic() - started)
+
+    def _save_images(self, task: PlannedTask) -> None:
+        """The images that the report's explorer shows: a rule, not a choice."""
+        for sample in sorted(task.samples, key=lambda sample: sample.sample_id)[:NUM_EXPLORER_SAMPLES]:
+            try:
+                check_sample(sample)
+            except ValueError:
+                continue
+            self.folder.save_image(sample.image_id, sample.image)
+
+    def _run_task(self, task: PlannedTask, states: list[CellState], progress: Progress) -> None:
+        for number, batch in enumerate(task.batches):
+            waiting = [state for state in states if state.open and state.num_batches_done == number]
+            inputs = self._prepare(batch) if waiting else None
+            for state in waiting:
+                self._run_batch(state, inputs, progress)
+        for state in states:
+            self._finish(state)
+
+    def _prepare(self, batch: Sequence[Sample]) -> BatchInputs:
+        inputs = BatchInputs(batch)
+        for sample in batch:
+            try:
+                check_sample(sample)
+                inputs.prepared[sample.sample_id] = self.loaded.prepare(sample.image, sample.question)
+            except Exception as error:
+                inputs.errors[sample.sample_id] = describe(error)
+        return inputs
+
+    def _run_batch(self, state: CellState, inputs: BatchInputs, progress: Progress) -> None:
+        started = time.monotonic()
+        cell = state.cell
+        try:
+            records = self._answer(cell, inputs)
+            self.folder.samples_file(cell.key).append(record.to_dict() for record in records)
+        except Exception as error:
+            state.error = describe(error)
+            details = "".join(traceback.format_exception(error))
+            (self.folder.cell_path(cell.key)).mkdir(parents=True, exist_ok=True)
+            (self.folder.cell_path(cell.key) / "error.txt").write_text(details, encoding="utf-8")
+            progress.say(f"{cell.setting.id} on {cell.task.name} failed: {state.error}")
+            left = sum(map(len, cell.task.batches[state.num_batches_done :]))
+            progress.advance(left, f"{cell.task.name} {cell.setting.id}")
+        else:
+            state.num_batches_done += 1
+            progress.advance(len(inputs.samples), f"{cell.task.name} {cell.setting.id}")
+        state.seconds += time.monotonic() - started
+
+    def _answer(self, cell: Cell, inputs: BatchInputs) -> list[SampleRecord]:
+        """Records of one batch under one setting, in the order of the batch."""
+        errors, schedules = dict(inputs.errors), {}
+        for sample_id, prepared in inputs.prepared.items():
+            try:
+                lengths = Lengths(prepared.num_visual, prepared.num_text)
+                schedules[sample_id] = self.planner.fitted(cell.setting, lengths)[1]
+            except ValueError as error:
+                errors[sample_id] = describe(error)
+        generations = {}
+        if schedules:
+            ids = list(schedules)
+            prepared = [inputs.prepared[i] for i in ids]
+            vision = self._encode(prepared, [schedules[i] for i in ids])
+            answers = self.loaded.generate(prepared, vision, [schedules[i] for i in ids], cell.task.task.max_new_tokens)
+            generations = {i: (answer, features) for i, answer, features in zip(ids, answers, vision, strict=True)}
+        records = []
+        for sample in inputs.samples:
+            i = sample.sample_id
+            if i in errors:
+                records.append(_failed(sample, errors[i]))
+            else:
+                records.append(self._record(cell, sample, inputs.prepared[i], schedules[i], *generations[i]))
+        return records
+
+    def _encode(self, prepared: Sequence[Any], schedules: Sequence[Schedule]) -> list[Any]:
+        """Vision features of each sample, from the cache or from one call for all images of the batch at a scale."""
+        features: list[Any] = [None] * len(prepared)
+        for scale in sorted({schedule.image_scale for schedule in schedules}, reverse=True):
+            places = [i for i, schedule in enumerate(schedules) if schedule.image_scale == scale]
+            images = {prepared[i].image_key: prepared[i] for i in places}
+            group = digest(list(images))
+            keys = {
+                image: FeatureKey(self.loaded.checkpoint_sha256, str(self.loaded.dtype), scale, image, group)
+                for image in images
+            }
+            found = {image: self.cache.get(key) for image, key in keys.items()}
+            if any(value is None for value in found.values()):
+                encoded = self.loaded.encode(list(images.values()), self.taps, scale)
+                found = dict(zip(images, encoded, strict=True))
+                for image, value in found.items():
+                    self.cache.put(keys[image], value)
+            for i in places:
+                features[i] = found[prepared[i].image_key]
+        return features
+
+    def _record(
+        self, cell: Cell, sample: Sample, prepared: Any, schedule: Schedule, answer: Any, vision: Any
+    ) -> SampleRecord:
+        lengths = Lengths(prepared.num_visual, prepared.num_text)
+        cost = self.planner.cost(schedule, lengths.num_text)
+        grid = vision.grid and [round(side / schedule.image_scale) for side in vision.grid]  # at full size
+        return SampleRecord(
+            **_identity(sample),
+            answer=answer.text,
+            score=float(score(cell.task.task.metric, answer.text, sample.references)),
+            num_text=lengths.num_text,
+            num_visual=lengths.num_visual,
+            grid=grid or None,
+            decoder_flops=cost.decoder_prefill,
+            dense_decoder_flops=self.planner.dense_cost(lengths).decoder_prefill,
+            flops=dict(cost.parts),
+            visual_tokens=list(cost.visual_tokens),
+            kv_bytes=cost.kv_bytes,
+            kept=pack_bits(answer.kept),
+        )
+
+    def _finish(self, state: CellState) -> None:
+        """Write the manifest, the last thing that is written of a cell."""
+        cell, setting, task = state.cell, state.cell.setting, state.cell.task
+        records = self.folder.samples(cell.key)
+        if state.error is None:
+            (self.folder.cell_path(cell.key) / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
+        self.folder.write_manifest(
+            Manifest(
+                key=cell.key,
+                method=setting.name,
+                title=setting.method.title,
+                params=self._params(cell, records),
+                trained=setting.method.trained,
+                budget=setting.budget,
+                policy=setting.policy,
+                suite=self.suite,
+                task=task.name,
+                metric=task.task.metric,
+                num_samples=len(task.samples),
+                num_failed=sum(record.error is not None for record in records),
+                status="ok" if state.error is None else "failed",
+                error=state.error,
+                seconds=round(state.seconds, 3),
+                setting_id=setting.id,
+                num_resumed=state.num_resumed,
+            )
+        )
+
+    def _params(self, cell: Cell, records: Sequence[SampleRecord]) -> dict[str, Any]:
+        """The method's options over the records; one that differs between samples as [smallest, largest]."""
+        lengths = {Lengths(record.num_visual, record.num_text) for record in records if record.error is None}
+        options = [self.planner.fitted(cell.setting, each)[0].options() for each in lengths]
+        merged = {}
+        for name, value in (options[0] if options else cell.setting.method.options()).items():
+            values = sorted({each[name] for each in options}, key=lambda v: (str(type(v)), v)) if options else [value]
+            merged[name] = values[0] if len(values) == 1 else [values[0], values[-1]]
+        return merged
+
+    def _result(self, seconds: float) -> SweepResult:
+        keys = {cell.key for cell in self.plan.cells}
+        manifests = [manifest for key in sorted(keys) if (manifest := self.folder.manifest(key))]
+        return SweepResult(
+            num_cells=len(manifests),
+            num_failed_cells=sum(manifest.status == "failed" for manifest in manifests),
+            num_samples=sum(manifest.num_samples for manifest in manifests),
+            num_failed_samples=sum(manifest.num_failed for manifest in manifests),
+            seconds=seconds,
+        )
+
+
+def describe(error: Exception) -> str:
+    """An error in one line, with what to do where we know."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    torch = sys.modules.get("torch")  # an error of torch's can only come up once it is loaded
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: use a smaller --batch-size in a new folder ({text})"
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _identity(sample: Sample) -> dict[str, Any]:
+    return {
+        "sample_id": sample.sample_id,
+        "image_id": sample.image_id,
+        "question": sample.question,
+        "references": list(sample.references),
+        "difficulty": sample.difficulty,
+    }
+
+
+def _failed(sample: Sample, error: str) -> SampleRecord:
+    return SampleRecord(**_identity(sample), answer=None, score=0.0, error=error)

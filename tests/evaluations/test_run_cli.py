@@ -1,0 +1,107 @@
+"""The command line: what it refuses, how it says so, and that it does so before it loads anything."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from budgets.registry import METHODS, TASKS
+from evaluations.suite import SUITES_FOLDER, SuiteError, load_suite, suite_names
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments, cwd=ROOT):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *sys.path]))}
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "evaluations.run", *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    imported = {
+        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
+    }
+    message = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("import time:"))
+    return result.returncode, result.stdout, message, imported, time.monotonic() - started
+
+
+def test_help_answers_at_once():
+    status, out, _, imported, _ = command("--help")
+    assert status == 0 and "--budgets" in out and "fine-grained" in out
+    assert not imported & {"torch", "transformers", "numpy", "pandas", "PIL"}
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--suite", "fine-graned"], "the suites that exist, nearest first: fine-grained,"),
+        (["--methods", "dense,fastvv"], "unknown method 'fastvv'; the methods that exist, nearest first: fastv,"),
+        (["--tasks", "digit"], "unknown task 'digit'; the tasks that exist, nearest first: digits,"),
+        (["--model", "dense-tony"], "unknown model 'dense-tony'; the models that exist, nearest first:"),
+        (["--device", "cdua"], "unknown device 'cdua'; the devices that exist, nearest first: cuda,"),
+        (["--dtype", "bfloat"], "unknown dtype 'bfloat'; the dtypes that exist, nearest first: bfloat16,"),
+        (["--attention", "flash"], "the attentions that exist, nearest first: flash_attention_2,"),
+        (["--budgets", "0"], "a budget is a share of the dense decoder's prefill FLOPs in (0, 1], got 0"),
+        (["--budgets", "0.5,1.5"], "in (0, 1], got 1.5"),
+        (["--budgets", "nan"], "in (0, 1], got nan"),
+        (["--budgets", "half"], "budgets are numbers like 0.5,0.25, got 'half'"),
+        (["--budgets", ","], "no budget is named"),
+        (["--methods", ""], "no method is named"),
+        (["--methods", "dense,dense"], "method 'dense' is named twice"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--suite", "nowhere.yaml"], "the suite file nowhere.yaml does not exist"),
+        (["--out", __file__], "is a file; it must be a folder"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, expected):
+    status, out, message, imported, _ = command(*arguments)
+    assert status == 2 and out == ""
+    assert expected in message and "Traceback" not in message
+    assert "torch" not in imported and "transformers" not in imported
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    status, _, message, imported, _ = command("--model", str(tmp_path))
+    assert status == 2 and "holds no config.json" in message and "torch" not in imported
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_shipped_suites_name_what_exists(name):
+    suite = load_suite(name)
+    assert suite.name == name and suite.title and suite.description
+    assert all(task.name in TASKS for task in suite.tasks) and all(method in METHODS for method in suite.methods)
+    assert "dense" in suite.methods and all(0 < budget < 1 for budget in suite.budgets)
+
+
+def test_the_suites_of_the_contract_exist():
+    assert {"coarse", "fine-grained", "reasoning", "all", "smoke"} <= set(suite_names())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- a", "a suite is a mapping"),
+        ("title: [", "cannot be read as YAML"),
+        ("title: x", "missing keys"),
+        ("nmae: x", "unknown keys"),
+        ("timing: {runs: 3}", "runs"),
+        ("tasks: [{name: a, limit: 0}]", "limit must be an integer of at least 1"),
+    ],
+)
+def test_a_broken_suite_file_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    base = (SUITES_FOLDER / "smoke.yaml").read_text()
+    path.write_text(base + "\n" + text if text.startswith(("timing", "tasks", "nmae")) else text)
+    with pytest.raises(SuiteError, match=message) as error:
+        load_suite(str(path))
+    assert "mine.yaml" in str(error.value)
+
+
+def test_a_suite_of_ones_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text((SUITES_FOLDER / "smoke.yaml").read_text())
+    assert load_suite(str(tmp_path / "mine.yaml")).name == "mine"
