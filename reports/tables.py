@@ -1,0 +1,219 @@
+"""Tables as data: what stands in each cell, how it sorts, how it is marked. The template only lays them out.
+
+Every number has its unit in the column head, its interval under it, and n in the head where all rows share it or in
+the cell where they do not. Best is marked by weight and a star, "not significantly different" by a rule and a sign.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from evaluations.statistics import Interval
+from reports.comparisons import ALPHA, AVERAGE, Analysis, Tested
+from reports.data import Setting
+from reports.results import why_missing
+from reports.style import flops, p_value, percent, points, significant, size
+
+MARK_SIGNS = {"best": "\u2605", "tied": "\u2248"}
+VERDICTS = {
+    "within": ("\u2713", "within 1 point"),
+    "better": ("\u25b2", "better"),
+    "worse": ("\u25bc", "worse"),
+    "undecided": ("?", "undecided"),
+}
+
+
+@dataclass(frozen=True)
+class TableCell:
+    """One cell. `sort` is None where there is no number; `loss` (0..1) shades it."""
+
+    text: str
+    sub: str = ""
+    sort: float | None = None
+    mark: str = ""
+    tone: str = ""
+    loss: float = 0.0
+    note: str = ""
+
+    @property
+    def sign(self) -> str:
+        return MARK_SIGNS.get(self.mark, "")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's head: title, and a second line for unit and n."""
+
+    title: str
+    sub: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    setting: Setting
+    cells: list[TableCell]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    title: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: list[Column]
+    groups: list[RowGroup] = field(default_factory=list)
+
+
+def _grouped(analysis: Analysis, columns: list[Column], make) -> Table:
+    """Dense first, then the comparison groups; `make(setting)` gives a row's cells."""
+    groups = []
+    if analysis.run.dense:
+        groups.append(RowGroup("Reference", [Row(analysis.run.dense, make(analysis.run.dense))]))
+    groups += [RowGroup(g.title, [Row(s, make(s)) for s in g.settings]) for g in analysis.groups]
+    return Table(columns, groups)
+
+
+def missing(analysis: Analysis, setting: Setting, task: str) -> TableCell:
+    """The cell of a score that does not exist, with the reason."""
+    status, reason = why_missing(analysis, setting, task)
+    text = "failed" if status == "failed" else "not measured"
+    return TableCell(text, "hover for why", tone="missing", note=reason or "no sample has a score")
+
+
+def _shared_n(analysis: Analysis, task: str) -> int | None:
+    numbers = {i.num_samples for (_, name), i in analysis.intervals.items() if name == task}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _score(analysis: Analysis, setting: Setting, task: str) -> TableCell:
+    interval = analysis.intervals.get((setting.id, task))
+    if interval is None:
+        return missing(analysis, setting, task)
+    sub = f"{percent(interval.low)} \u2013 {percent(interval.high)}"
+    if _shared_n(analysis, task) is None:
+        sub += f", n = {interval.num_samples:,}"
+    tested = analysis.against_dense.get((setting.id, task))
+    loss = min(1.0, max(0.0, -tested.comparison.difference * 1.6)) if tested else 0.0
+    mark = analysis.marks.get((setting.id, task), "")
+    return TableCell(percent(interval.estimate), sub, interval.estimate, mark, loss=round(loss, 3), note=interval.rule)
+
+
+def _against_dense(tested: Tested | None, is_dense: bool) -> TableCell:
+    if tested is None:
+        return TableCell("reference" if is_dense else "not measured", tone="missing" if not is_dense else "quiet")
+    c = tested.comparison
+    sign, words = VERDICTS[tested.verdict]
+    note = f"{c.test}, {p_value(tested.adjusted)} after Holm; 95 % CI {points(c.low)} to {points(c.high)}; n = {c.num_samples:,}"
+    sub = f"{points(c.low)} \u2013 {points(c.high)}".replace(" \u2013 ", " to ")
+    return TableCell(points(c.difference), f"{sub} \u00b7 {sign} {words}", c.difference, tone=tested.verdict, note=note)
+
+
+def accuracy_table(analysis: Analysis) -> Table:
+    """The main table: average, difference to dense, each task, frontier."""
+    run = analysis.run
+    n = lambda task: (lambda number: f", n = {number:,}" if number else "")(_shared_n(analysis, task))
+    columns = [
+        Column("Decoder FLOPs", "% of dense"), Column("Average", f"%{n(AVERAGE)}"), Column("To dense", "points, 95 % CI"),
+        *(Column(t.title, f"{t.metric.replace('_', ' ')}, %{n(t.name)}") for t in run.tasks),
+        Column("On frontier", "bootstrap probability"),
+    ]  # fmt: skip
+
+    def cells(setting: Setting) -> list[TableCell]:
+        share = analysis.costs[setting.id].flops_relative
+        row = [
+            TableCell(f"{100 * share:.3g}", flops(analysis.costs[setting.id].decoder_flops), share)
+            if share is not None else missing(analysis, setting, AVERAGE),
+            _score(analysis, setting, AVERAGE),
+            _against_dense(analysis.against_dense.get((setting.id, AVERAGE)), setting.is_dense),
+            *(_score(analysis, setting, task.name) for task in run.tasks),
+        ]  # fmt: skip
+        if setting.id in analysis.frontier:
+            on, probability = analysis.frontier[setting.id]
+            words = "\u25cf on it" if on else "\u25cb dominated"
+            row.append(TableCell(f"{probability:.2f}", words, probability, tone="on" if on else "off"))
+        else:
+            row.append(TableCell("not measured", tone="missing", note="needs the average and the FLOPs"))
+        return row
+
+    return _grouped(analysis, columns, cells)
+
+
+def _median(interval: Interval | None, reason: str) -> TableCell:
+    if interval is None:
+        return TableCell("not measured", tone="missing", note=reason)
+    sub = f"{significant(interval.low)} \u2013 {significant(interval.high)}"
+    return TableCell(significant(interval.estimate), sub, interval.estimate, note=f"n = {interval.num_samples} timing runs")
+
+
+def cost_table(analysis: Analysis) -> Table:
+    """What each setting costs: counted and measured figures."""
+    runs = {c.prefill_ms.num_samples for c in analysis.costs.values() if c.prefill_ms}
+    n = f", n = {runs.pop()} runs" if len(runs) == 1 else ""
+    columns = [
+        Column("Decoder FLOPs", "prefill, a sample"), Column("Visual tokens", "mean over layers"),
+        Column("KV cache", "a sample"), Column("Vision tower", f"median ms{n}"), Column("Prefill", f"median ms{n}"),
+        Column("Decode", f"median ms a token{n}"), Column("End to end", f"median ms{n}"), Column("Peak memory", "largest run"),
+    ]  # fmt: skip
+
+    def cells(setting: Setting) -> list[TableCell]:
+        costs = analysis.costs[setting.id]
+        absent = missing(analysis, setting, AVERAGE)
+        reason = lambda name: costs.not_measured.get(name, "no timing run")
+        share = f"{100 * costs.flops_relative:.3g} % of dense" if costs.flops_relative is not None else ""
+        return [
+            TableCell(flops(costs.decoder_flops), share, costs.decoder_flops) if costs.decoder_flops is not None else absent,
+            TableCell(significant(costs.visual_tokens), f"of {significant(costs.num_visual)}", costs.visual_tokens)
+            if costs.visual_tokens is not None and costs.num_visual is not None else absent,
+            TableCell(size(costs.kv_bytes), "", costs.kv_bytes) if costs.kv_bytes is not None else absent,
+            _median(costs.tower_ms, reason("tower_ms")), _median(costs.prefill_ms, reason("prefill_ms")),
+            _median(costs.decode_ms, reason("decode_ms_per_token")), _median(costs.end_to_end_ms, reason("end_to_end_ms")),
+            TableCell(size(costs.peak_memory_bytes), "", float(costs.peak_memory_bytes))
+            if costs.peak_memory_bytes is not None
+            else TableCell("not measured", tone="missing", note=reason("peak_memory_bytes")),
+        ]  # fmt: skip
+
+    return _grouped(analysis, columns, cells)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Pairwise differences of averages within a group, row minus column."""
+
+    title: str
+    settings: list[Setting]
+    cells: list[list[TableCell]]
+
+
+def matrices(analysis: Analysis) -> list[Matrix]:
+    """One matrix a comparison group, dense included."""
+    result = []
+    for group in analysis.groups:
+        tests = analysis.matrices.get(group.key)
+        if not tests:
+            continue
+        known = {s.id for pair in tests for s in analysis.run.settings if s.id in pair}
+        settings = [s for s in ([analysis.run.dense] if analysis.run.dense else []) + list(group.settings) if s.id in known]
+        cells = [[_pair(tests, row, column) for column in settings] for row in settings]
+        result.append(Matrix(group.title, settings, cells))
+    return result
+
+
+def _pair(tests, row: Setting, column: Setting) -> TableCell:
+    if row == column:
+        return TableCell("\u2013", tone="quiet")
+    flip = (row.id, column.id) not in tests
+    tested = tests.get((column.id, row.id) if flip else (row.id, column.id))
+    if tested is None:
+        return TableCell("", tone="quiet", note="no sample in common")
+    c, sign = tested.comparison, -1 if flip else 1
+    low, high = sorted((sign * c.low, sign * c.high))
+    clear = tested.adjusted < ALPHA
+    tone = ("plus" if sign * c.difference > 0 else "minus") if clear else "unclear"
+    note = (
+        f"{row.label} minus {column.label}: {points(sign * c.difference)} points, 95 % CI {points(low)} to {points(high)}, "
+        f"{p_value(tested.adjusted)} after Holm, {c.test}, n = {c.num_samples:,}"
+    )
+    sub = p_value(tested.adjusted).replace("p = ", "").replace("p < ", "< ")
+    return TableCell(points(sign * c.difference) + ("*" if clear else ""), sub, sign * c.difference, tone=tone, note=note)
