@@ -75,15 +75,16 @@ class ElasticCache(DynamicCache):
 
     def _start(self, num_layers: int) -> None:
         self.layers, self.layer_class_to_replicate = [ElasticLayer() for _ in range(num_layers)], None
-        self._set_prompt(0, 0)
+        # The difference of the lengths is stored, not the length: it is constant while decoding.
+        self.num_skipped, self.num_fixed = 0, 0
 
-    def _set_prompt(self, prompt_length: int, held_by_first_layer: int) -> None:
-        """Note the prompt's padded length. The difference is stored, not the length: it is constant while decoding."""
-        self.prompt_length, self.num_skipped = prompt_length, prompt_length - held_by_first_layer
+    def end_prefill(self, prompt_length: int, num_fixed: int) -> None:
+        """To be called once, when every layer has cached its part of a prompt of this (padded) length.
 
-    def end_prefill(self, prompt_length: int) -> None:
-        """To be called once, when every layer has cached its part of a prompt of this (padded) length."""
-        self._set_prompt(prompt_length, self.get_seq_length(0))
+        Args:
+            num_fixed: how many of its first tokens must not be cropped.
+        """
+        self.num_skipped, self.num_fixed = prompt_length - super().get_seq_length(0), num_fixed
 
     @classmethod
     def adopt(cls, cache: Cache | None, num_layers: int) -> ElasticCache | None:
@@ -122,20 +123,23 @@ class ElasticCache(DynamicCache):
         """Forget the last tokens: a negative number of them, or (older transformers) the length to crop to.
 
         Raises:
-            ValueError: the crop would reach into the prompt, whose tokens the layers hold in different numbers.
+            ValueError: the crop would reach the visual tokens, which the layers hold in different numbers, or tokens
+                that took part in choosing the visual tokens that stay. Assisted generation does the latter when it
+                drafts tokens before the prompt has run.
         """
         seen = self.get_seq_length()
         remove = seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-        if seen - remove < self.prompt_length:
+        if seen - remove < self.num_fixed:
             raise ValueError(
-                f"cannot crop {remove} of {seen} tokens: the first {self.prompt_length} are the prompt, of which each "
-                "layer holds another part; prefill again instead"
+                f"cannot crop {remove} of {seen} tokens: what the layers hold of the visual tokens was decided by the "
+                f"first {self.num_fixed}. Prefill again; for assisted generation under a reduction, give "
+                "running(keep_masks=...)"
             )
         super().crop(-remove)
 
     def reset(self) -> None:
         super().reset()
-        self._set_prompt(0, 0)
+        self.num_skipped, self.num_fixed = 0, 0
 
     @property
     def layer_lengths(self) -> tuple[int, ...]:

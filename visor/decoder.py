@@ -132,7 +132,7 @@ class ElasticDecoder:
         self._record = KeepRecord(layout)
         self._run_layers(0, run, rows, streams, cache, call)
         if cache is not None:
-            cache.end_prefill(layout.visual_BP.shape[1])
+            cache.end_prefill(layout.visual_BP.shape[1], run.num_fixed(layout))
         return streams.prompt_hidden(self.norm, layout.visual_BP.shape[1])
 
     def _run_layers(

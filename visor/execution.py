@@ -115,6 +115,13 @@ class Run:
                     )
         return rows
 
+    def num_fixed(self, layout: PromptLayout) -> int:
+        """How many first tokens of the prompt decide what the cache holds: all that methods' scores have looked at."""
+        if set(self.methods) - set(self.keep_masks or ()):
+            return layout.visual_BP.shape[1]
+        columns = layout.visual_BP.any(0).nonzero().flatten().tolist()
+        return columns[-1] + 1 if columns else 0
+
     def forced_keep(self, layer: int, layout: PromptLayout, counts: Sequence[int]) -> Tensor | None:
         """The visual tokens that `keep_masks` fixes before a layer, a mask [B, P] on the host, or None."""
         if not self.keep_masks or layer not in self.keep_masks:

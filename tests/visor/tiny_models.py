@@ -18,9 +18,9 @@ NUM_LAYERS = 6
 
 def _text_config(cls: type, num_kv_heads: int, num_layers: int) -> Any:
     return cls(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers, num_attention_heads=4,
-        num_key_value_heads=num_kv_heads, max_position_embeddings=2048, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
-        tie_word_embeddings=False,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers,
+        num_attention_heads=4, num_key_value_heads=num_kv_heads, max_position_embeddings=2048,
+        tie_word_embeddings=False, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
 
 

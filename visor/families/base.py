@@ -108,7 +108,7 @@ def adapter_for(model: nn.Module) -> FamilyAdapter:
         known = ", ".join(nearest_first(family, FAMILIES.names()))
         raise ValueError(
             f"{type(model).__name__} is of the family {family!r}, which has no adapter; families that "
-            f"have one, nearest first: {known}. To add it, write visor/families/<family>.py with a FamilyAdapter registered "
-            f"as {family!r}."
+            f"have one, nearest first: {known}. To add it, write visor/families/<family>.py with a FamilyAdapter "
+            f"registered as {family!r}."
         )
     return FAMILIES.get(family)(model)

@@ -1,0 +1,184 @@
+"""What the engine cannot do, it says."""
+
+import functools
+
+import pytest
+import torch
+import transformers
+from schedules import schedule, schedules
+from tiny_models import NUM_LAYERS, generate, make_model, make_prompt, visual_counts
+
+from budgets.schedule import dense
+from visor.cache import ElasticCache
+from visor.decoder import install, running
+
+
+@functools.cache
+def model_of(family="llava"):
+    return install(make_model(family), cross_layers=[1])
+
+
+def test_running_needs_install():
+    with pytest.raises(ValueError, match="install"), running(make_model("llava"), dense(NUM_LAYERS, 16)):
+        pass
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        ([], "at least one schedule"),
+        ([dense(NUM_LAYERS + 1, 16)], "7 layers, the decoder has 6"),
+        ([schedule("tctctc", 16)], r"layers \[3, 5\] are CROSS.*layers with one: \[1\]"),
+        ([schedule("tttttt", 16), schedule("ssssss", 16)], "share their structure"),
+        ([schedule("ssssss", 16, {2: 0.5}, method="fastvv")], "unknown method 'fastvv'.*nearest first: fastv"),
+    ],
+)
+def test_schedules_that_do_not_fit_the_model(plan, message):
+    with pytest.raises(ValueError, match=message), running(model_of(), plan):
+        pass
+
+
+@pytest.mark.parametrize(
+    "plan, message",
+    [
+        ([schedule("ssssss", 20, {2: 0.5})], "row 0: its schedule is for 20 visual tokens, the prompt has 16"),
+        ([schedule("tttttt", 16)] * 2, "2 schedules for a batch of 3"),
+        ([schedule("ssssss", 16, {1: 0.5, 2: 0.25})] * 3, None),
+        ([schedule("stssss", 16, {2: 0.5})], "layer 1 has no attention to visual tokens: it is a TEXT layer"),
+        ([schedule("ssssss", 16, {0: 0.5})], "there is no such layer"),
+    ],
+)
+def test_schedules_that_do_not_fit_the_batch(plan, message):
+    model, prompt = model_of(), make_prompt(model_of(), 3)
+    with running(model, plan), torch.no_grad():
+        if message is None:
+            model(**prompt)
+        else:
+            with pytest.raises(ValueError, match=message):
+                model(**prompt)
+
+
+def test_keep_masks_are_checked():
+    model, prompt = model_of(), make_prompt(model_of(), 1)
+    plan = schedule("ssssss", 16, {2: 0.5})
+    with pytest.raises(ValueError, match="keep_masks for layers"), running(model, plan, keep_masks={3: []}):
+        pass
+    with (
+        running(model, plan, keep_masks={2: [torch.ones(16, dtype=torch.bool)]}),
+        pytest.raises(ValueError, match="expected 8 of 16 visual tokens, got 16 of 16"),
+    ):
+        model(**prompt)
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded"])
+def test_caches_of_one_length_are_refused(implementation):
+    model, prompt = model_of(), make_prompt(model_of(), 1)
+    if implementation == "offloaded":
+        caches = dict(past_key_values=transformers.DynamicCache.__new__(transformers.DynamicCache))
+        caches["past_key_values"].layers, caches["past_key_values"].offloading = [], True
+    else:
+        caches = dict(cache_implementation="static")
+    with running(model, schedule("tttttt", 16)), pytest.raises(ValueError, match="static, quantized and offloaded"):
+        model(**prompt, **caches) if implementation == "offloaded" else generate(model, prompt, 2, **caches)
+
+
+def test_a_cache_filled_elsewhere_is_refused():
+    model, prompt = model_of(), make_prompt(model_of(), 1)
+    cache = generate(model, prompt, 2).past_key_values
+    with running(model, schedule("tttttt", 16)), pytest.raises(ValueError, match="cached outside"):
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+
+
+def test_new_images_in_a_later_turn_are_refused():
+    model, prompt = model_of(), make_prompt(model_of(), 1)
+    with running(model, schedule("tttttt", 16)), torch.no_grad():
+        cache = model(**prompt).past_key_values
+        with pytest.raises(ValueError, match="new images in a later turn"):
+            model(**prompt, past_key_values=cache)
+
+
+def test_prepared_4d_masks_are_refused():
+    model, prompt = model_of(), make_prompt(model_of(), 1)
+    n = prompt["input_ids"].shape[1]
+    with running(model, schedule("tttttt", 16)), pytest.raises(ValueError, match="2D attention_mask"):
+        model(**{**prompt, "attention_mask": torch.zeros(1, 1, n, n)})
+
+
+def test_images_without_input_ids_need_a_visual_mask():
+    model, prompt = model_of(), make_prompt(model_of(), 1)
+    embeds = model.get_input_embeddings()(prompt["input_ids"])
+    with running(model, schedule("tttttt", 16)), pytest.raises(ValueError, match="input_ids"):
+        model(inputs_embeds=embeds, pixel_values=prompt["pixel_values"])
+
+
+def test_sliding_windows_run_dense_schedules_only():
+    model = make_model("llava_onevision")
+    config = model.get_decoder().config
+    config.layer_types = ["full_attention"] * 3 + ["sliding_attention"] * 3
+    config.sliding_window, model.get_decoder().has_sliding_layers = 8, True
+    prompt = make_prompt(model, 2)
+    with torch.no_grad():
+        expected = model(**prompt).logits
+        with running(install(model), dense(NUM_LAYERS, 0)):
+            assert torch.equal(model(**prompt).logits, expected)
+    with pytest.raises(ValueError, match="sliding-window"), running(model, schedule("tttttt", 16)):
+        pass
+
+
+def test_crop_stops_at_what_decided_the_cache():
+    model, prompt = model_of(), make_prompt(model_of(), 1)
+    n, num_trailing = prompt["input_ids"].shape[1], 9
+    with torch.no_grad():
+        with running(model, schedule("tttttt", 16)):
+            cache = model(**prompt).past_key_values
+        cache.crop(-num_trailing)
+        assert cache.get_seq_length() == n - num_trailing
+        with pytest.raises(ValueError, match="cannot crop 1 of"):
+            cache.crop(-1)
+        with running(model, schedules("ssssss", visual_counts(prompt), keep={2: 0.5})):
+            cache = model(**prompt).past_key_values
+    with pytest.raises(ValueError, match=f"first {n}"):
+        cache.crop(-1)
+
+
+def test_a_reset_cache_starts_over():
+    model, prompt = model_of(), make_prompt(model_of(), 2)
+    with torch.no_grad():
+        with running(model, schedule("tctstt", 16)):
+            cache = model(**prompt).past_key_values
+        assert isinstance(cache, ElasticCache) and cache.cross_lengths[1] == 16
+        cache.reset()
+        assert cache.get_seq_length() == 0 and not any(cache.cross_lengths)
+        expected = model(**prompt).logits
+        assert torch.equal(model(**prompt, past_key_values=cache).logits, expected)
+
+
+def test_last_kept_needs_a_run():
+    model = install(make_model("llava"))
+    with pytest.raises(ValueError, match="no prompt has run"):
+        _ = model.get_decoder().last_kept
+    assert model.get_decoder().last_kept_by_layer == {}
+
+
+def test_cross_layers_that_do_not_exist():
+    with pytest.raises(ValueError, match=r"\[6\] do not exist: the decoder has layers 0 to 5"):
+        install(make_model("llava"), cross_layers=[0, 6])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_bare_decoder_runs_with_a_visual_mask(batch):
+    model = model_of()
+    prompt = make_prompt(model, batch)
+    plan, seen = schedule("tcstts", 16, {3: 0.5}), {}
+    hook = model.get_decoder().register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        with running(model, plan):
+            expected = model(**prompt, use_cache=False).logits
+        hook.remove()
+        visual = prompt["input_ids"] == model.config.image_token_id
+        inputs = dict(inputs_embeds=seen["inputs_embeds"], attention_mask=prompt["attention_mask"], use_cache=False)
+        with running(model, plan, visual=visual):
+            found = model.lm_head(model.get_decoder()(**inputs).last_hidden_state)
+        assert torch.equal(found, expected)
+        with running(model, plan, visual=visual[:, 1:]), pytest.raises(ValueError, match="prompt's shape"):
+            model.get_decoder()(**inputs)
