@@ -11,10 +11,9 @@ Shapes: B samples, P padded prompt length, N visual tokens before reduction, T a
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,63 +25,16 @@ from budgets.registry import METHODS, nearest_first
 from budgets.schedule import LayerMode, Reduction, Schedule
 from visor import checkpoint, decoder
 from visor.families.base import FamilyAdapter, adapter_for
+from visor.prompt import Generation, PreparedSample, Prompt, kept_over_image, pixel_hash, readable, shortened
 from visor.vision import ReducedFeatures, VisionFeatures, encode_images, project
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["Generation", "GroupState", "LoadedModel", "PreparedSample", "available_devices", "taps_of"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION_KERNELS = ("sdpa", "eager", "flash_attention_2")
-
-
-@dataclass(frozen=True)
-class PreparedSample:
-    """One question, ready for the model.
-
-    Args:
-        input_ids: the prompt, with one block of `num_visual` image tokens.
-        num_text: all other tokens.
-        num_visual: visual tokens of the image at full size (N); 0 without an image.
-        pixel_inputs: what the processor made of the image, on the CPU.
-        image_key: hash of the pixels; equal ones share vision features. None without an image.
-    """
-
-    input_ids: tuple[int, ...]
-    num_text: int
-    num_visual: int
-    pixel_inputs: Mapping[str, Tensor] = field(repr=False)
-    image_key: str | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """An answer. `kept` tells of each of the N visual tokens whether it stood for itself in the last layer; None if
-    tokens were averaged, or there was no image."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    kept: list[bool] | None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A left-padded batch with its visual features in place, all of one schedule structure.
-
-    Args:
-        features: one [T, D] tensor for each sample that has an image.
-        kept: for each sample which of the N tokens the encoder side kept, [N]; None if averaged or without an image.
-    """
-
-    input_ids_BP: Tensor
-    attention_mask_BP: Tensor
-    features: tuple[Tensor, ...]
-    schedules: tuple[Schedule, ...]
-    kept: tuple[Tensor | None, ...]
-
-    @property
-    def positions_BP(self) -> Tensor:
-        """Position ids: real tokens count from 0."""
-        return (self.attention_mask_BP.cumsum(1) - 1).clamp(min=0)
 
 
 @dataclass
@@ -209,7 +161,7 @@ class LoadedModel:
             raise ValueError(f"the question holds {placeholder!r}, which stands for an image; write it another way")
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if image is not None:
-            content.insert(0, {"type": "image", "image": _readable(image)})
+            content.insert(0, {"type": "image", "image": readable(image)})
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -226,7 +178,7 @@ class LoadedModel:
             raise ValueError(f"the chat template put {len(slots)} image tokens for {int(image is not None)} images")
         wanted = {*self.adapter.raw_image_inputs, "image_sizes"} if slots else set()
         pixel_inputs = {name: inputs[name] for name in sorted(wanted) if inputs.get(name) is not None}
-        key = _pixel_hash(pixel_inputs) if slots else None
+        key = pixel_hash(pixel_inputs) if slots else None
         return PreparedSample(tuple(input_ids), len(input_ids) - len(slots), len(slots), pixel_inputs, key)
 
     # --- images ---------------------------------------------------------------------------------------------------
@@ -322,7 +274,7 @@ class LoadedModel:
         reduced = self.reduce(vision, schedules)
         image_ids = set(self.adapter.image_token_ids)
         prompts = [
-            _shortened(s.input_ids, image_ids, sc.decoder_visual) for s, sc in zip(prepared, schedules, strict=True)
+            shortened(s.input_ids, image_ids, sc.decoder_visual) for s, sc in zip(prepared, schedules, strict=True)
         ]
         longest = max(map(len, prompts))
         pad = self._pad_id()
@@ -484,48 +436,6 @@ class LoadedModel:
                     state.next_positions_B1 = state.next_positions_B1 + 1
                     ids[state.members, step] = state.next_ids_B1[:, 0]
         return ids
-
-
-def kept_over_image(prompt: Prompt, alive: Sequence[Tensor] | None) -> list[list[bool] | None]:
-    """For each sample, over its N visual tokens, which stand for themselves in the last layer.
-
-    Args:
-        alive: for each sample which of the tokens that entered the decoder are alive at its end; None means all.
-    """
-    kept_rows: list[list[bool] | None] = []
-    for index, (kept_N, schedule) in enumerate(zip(prompt.kept, prompt.schedules, strict=True)):
-        if alive is not None and schedule.encoder is not None:
-            kept_N = None  # the encoder side may have reordered its tokens: which patch is alive is not known
-        elif alive is not None and kept_N is not None:
-            kept_N = alive[index]
-        kept_rows.append(None if kept_N is None else kept_N.tolist())
-    return kept_rows
-
-
-def _readable(image: Image) -> Image:
-    try:
-        image.load()
-        if min(image.size) < 1:
-            raise ValueError(f"its size is {image.size}")
-        return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds (OSError, SyntaxError, struct.error, ...) for broken files
-        raise ValueError(f"the image cannot be read: {error}") from error
-
-
-def _pixel_hash(pixel_inputs: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(pixel_inputs.items()):
-        digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _shortened(input_ids: Sequence[int], image_ids: set[int], num_visual: int) -> list[int]:
-    """The prompt with its block of image tokens cut to `num_visual`."""
-    first = next((index for index, token in enumerate(input_ids) if token in image_ids), len(input_ids))
-    block = sum(token in image_ids for token in input_ids)
-    assert num_visual <= block
-    return [*input_ids[: first + num_visual], *input_ids[first + block :]]
 
 
 def _check_row(row: VisionFeatures, schedule: Schedule) -> None:

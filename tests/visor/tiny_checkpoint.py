@@ -39,15 +39,16 @@ def make_processor() -> transformers.LlavaProcessor:
 
 
 def make_llava(attention: str = "sdpa", seed: int = 0) -> transformers.LlavaForConditionalGeneration:
-    """Weights large enough that attention is far from uniform; it never emits <eos> on purpose, nor is kept from it."""
+    """A random model whose weights are large enough that attention is far from uniform and images matter."""
     tower = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE_SIZE,
         patch_size=PATCH, vision_use_head=False,
     )  # fmt: skip
     vocabulary = len(SPECIAL) + 95
     text = transformers.Qwen2Config(
-        vocab_size=vocabulary, hidden_size=48, intermediate_size=96, num_hidden_layers=NUM_LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, pad_token_id=0, eos_token_id=2,
+        vocab_size=vocabulary, hidden_size=48, intermediate_size=96, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        tie_word_embeddings=False, pad_token_id=0, eos_token_id=2,
     )  # fmt: skip
     config = transformers.LlavaConfig(
         vision_config=tower, text_config=text, image_token_id=SPECIAL.index("<image>"), image_seq_length=NUM_VISUAL,
@@ -60,7 +61,6 @@ def make_llava(attention: str = "sdpa", seed: int = 0) -> transformers.LlavaForC
         for name, weight in model.named_parameters():
             if weight.ndim >= 2:
                 weight.mul_(20.0 if "embed_tokens" in name or "lm_head" in name else 6.0)
-        # SigLIP's own initialisation is not tiny; scale only what transformers made with deviation 0.02.
     return model
 
 
