@@ -96,19 +96,9 @@ def run_once(
                 features[i] = value
         return features
 
-    def prefill_groups(vision: list[Any]) -> list[Any]:
-        """As `generate` does it: samples whose schedules differ in structure cannot share a batch."""
-        groups: dict[Any, list[int]] = defaultdict(list)
-        for i, schedule in enumerate(schedules):
-            groups[schedule.structure].append(i)
-        return [
-            loaded.prefill(loaded.assemble(*([items[i] for i in places] for items in (prepared, vision, schedules))))
-            for places in groups.values()
-        ]
-
     vision, tower = timed(encode, synchronise)
-    states, prefill = timed(lambda: prefill_groups(vision), synchronise)
-    _, decode = timed(lambda: [loaded.decode(state, new_tokens - 1) for state in states], synchronise)
+    states, prefill = timed(lambda: loaded.prefill(prepared, vision, schedules, new_tokens), synchronise)
+    _, decode = timed(lambda: loaded.decode(states, new_tokens - 1), synchronise)
     total = Clock(tower.wall_ms + prefill.wall_ms + decode.wall_ms, tower.cpu_ms + prefill.cpu_ms + decode.cpu_ms)
     return Run(tower, prefill, decode, total)
 

@@ -116,14 +116,11 @@ class FakeModel:
         )
         return [answer(i, schedule) for i, schedule in enumerate(schedules)]
 
-    def assemble(self, prepared, vision, schedules):
-        return list(schedules)
-
-    def prefill(self, prompt):
-        if any(map(self.fails_on, prompt)):
+    def prefill(self, prepared, vision, schedules, num_new_tokens):
+        if any(map(self.fails_on, schedules)):
             raise RuntimeError("the kernel\nexploded")
         time.sleep(1e-4)
-        return prompt
+        return schedules
 
     def decode(self, state, num_tokens):
         time.sleep(1e-4 * num_tokens)
