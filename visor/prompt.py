@@ -1,4 +1,4 @@
-"""What travels between a question and the model: prepared samples, left-padded prompts, answers. Data and pure functions.
+"""What travels between a question and the model: prepared samples, prompts, answers. Data and pure functions.
 
 Shapes: B samples, P padded prompt length, N visual tokens before reduction, T after it, D decoder width.
 """

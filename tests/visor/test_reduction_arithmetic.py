@@ -121,8 +121,10 @@ def test_the_dial_rises_in_tokens_and_in_price(num_visual, num_text, name):
     counts = [sum(schedule.visual_tokens) for schedule in schedules]
     prices = [price(TINY, schedule, num_text).decoder_prefill for schedule in schedules]
     assert counts == sorted(counts)
-    # A step that drops nothing saves its scoring, which may weigh more than the few tokens that it lets pass.
-    assert all(late > 0.999 * early for early, late in zip(prices, prices[1:], strict=False)) or num_visual < 64
+    # A step that drops nothing is left out and saves its scoring, which may weigh more than the tokens it lets pass.
+    num_steps = [bool(s.encoder) + sum(op.reduce is not None for op in s.layers) for s in schedules]
+    for i in range(1, len(schedules)):
+        assert prices[i] >= prices[i - 1] or num_steps[i] < num_steps[i - 1]
 
 
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", *BY_COUNT, *BY_SIDE])
