@@ -152,7 +152,8 @@ def _vision_parts(geometry: ModelGeometry, schedule: Schedule, tiles: int | None
         tokens = tiles * vision.visual_tokens(schedule.image_scale)
         tower = tiles * tower_flops(vision, vision.grid_side(schedule.image_scale) ** 2)
     # A rule that reads tower features leaves fewer tokens to project; one that reads projected features does not.
-    if schedule.encoder and METHODS.get(schedule.encoder.method).stage == "tower":
+    reduces_tower = schedule.encoder is not None and METHODS.get(schedule.encoder.method).stage == "tower"
+    if reduces_tower and not vision.packs_tiles:
         tokens = min(tokens, schedule.encoder.keep)
     return tower, projector_flops(vision, tokens)
 

@@ -34,6 +34,8 @@ class VisionGeometry:
         window_patches: patches in an attention window; None if every block sees everything.
         num_full_layers: blocks that see everything where the others are windowed.
         pooling_head: SigLIP's attention pooling head runs (its result is not used by the decoder).
+        packs_tiles: tiles are projected before they are packed into one image (LLaVA-NeXT, LLaVA-OneVision), so that
+            the projector sees every token, whatever a method drops.
     """
 
     num_layers: int
@@ -52,6 +54,7 @@ class VisionGeometry:
     window_patches: int | None = None
     num_full_layers: int = 0
     pooling_head: bool = False
+    packs_tiles: bool = False
 
     def grid_side(self, image_scale: float = 1.0) -> int:
         """Patches along the side of a tile whose image is scaled by `image_scale`.
@@ -61,11 +64,9 @@ class VisionGeometry:
         """
         if self.image_size is None:
             raise ValueError("a tower of dynamic resolution has no fixed grid; give the number of visual tokens")
-        side = round(self.image_size * image_scale) // self.patch_size
+        side = max(1, round(self.image_size // self.patch_size * image_scale))
         if side * side < self.patches_per_token:
-            raise ValueError(
-                f"image_scale={image_scale} leaves less than one visual token of a {self.image_size} px tile"
-            )
+            raise ValueError(f"image_scale={image_scale} leaves no visual token of a {self.image_size} px tile")
         return side
 
     def visual_tokens(self, image_scale: float = 1.0) -> int:
@@ -123,6 +124,12 @@ class ModelGeometry:
     def kv_size(self) -> int:
         """Width of all key heads together (values are as wide)."""
         return self.num_kv_heads * self.head_dim
+
+    def tower_tokens(self, num_visual: int) -> int:
+        """Length of the tower's own sequence for one tile of an image of `num_visual` tokens, CLS included."""
+        if self.vision.image_size is None:
+            return num_visual * self.vision.patches_per_token
+        return self.vision.tokens_per_tile
 
     def num_tiles(self, num_visual: int) -> int:
         """Tower passes behind `num_visual` tokens, rounded up; anyres models that crop padding may have run more."""
@@ -237,6 +244,7 @@ def _vision_from_config(config: Mapping[str, Any], family: str, text_width: int)
         layers, width, mlp, heads, patch, image, _mlp_projector(config, width, text_width), channels,
         num_prefix_tokens=int(is_clip), prefix_in_output=is_clip and strategy == "full",
         pooling_head=kind == "siglip_vision_model" and bool(tower.get("vision_use_head", True)),
+        packs_tiles=family in ("llava_next", "llava_onevision"),
     )  # fmt: skip
 
 
@@ -275,15 +283,16 @@ def from_config(config: Any, name: str | None = None) -> ModelGeometry:
 # --- known models ---------------------------------------------------------------------------------------------------
 
 
-def _clip_llava(name: str, layers: int, width: int, mlp: int, heads: int) -> ModelGeometry:
-    vision = VisionGeometry(24, 1024, 4096, 16, 14, 336, ((1024, width), (width, width)), num_prefix_tokens=1)
+def _clip_llava(name: str, layers: int, width: int, mlp: int, heads: int, packs_tiles: bool = False) -> ModelGeometry:
+    projector = ((1024, width), (width, width))
+    vision = VisionGeometry(24, 1024, 4096, 16, 14, 336, projector, num_prefix_tokens=1, packs_tiles=packs_tiles)
     return ModelGeometry(name, layers, width, mlp, heads, heads, width // heads, 32064, vision)
 
 
 def _onevision(
     name: str, layers: int, width: int, mlp: int, heads: int, kv_heads: int, vocabulary: int
 ) -> ModelGeometry:
-    vision = VisionGeometry(26, 1152, 4304, 16, 14, 384, ((1152, width), (width, width)))
+    vision = VisionGeometry(26, 1152, 4304, 16, 14, 384, ((1152, width), (width, width)), packs_tiles=True)
     return ModelGeometry(name, layers, width, mlp, heads, kv_heads, width // heads, vocabulary, vision)
 
 
@@ -306,7 +315,7 @@ PRESETS: dict[str, ModelGeometry] = {
     for geometry in (
         _clip_llava("llava-1.5-7b", 32, 4096, 11008, 32),
         _clip_llava("llava-1.5-13b", 40, 5120, 13824, 40),
-        _clip_llava("llava-next-7b", 32, 4096, 11008, 32),  # the Vicuna version: 5 tiles of 336 px at most
+        _clip_llava("llava-next-7b", 32, 4096, 11008, 32, packs_tiles=True),  # Vicuna; up to 5 tiles
         _onevision("llava-onevision-0.5b", 24, 896, 4864, 14, 2, 152000),
         _onevision("llava-onevision-7b", 28, 3584, 18944, 28, 4, 152128),
         _onevision("llava-onevision-72b", 80, 8192, 29568, 64, 8, 152128),

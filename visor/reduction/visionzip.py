@@ -67,8 +67,8 @@ class VisionZip(Method):
             geometry.num_tiles(schedule.source_visual),
         )
         tower = geometry.vision
-        num_rows = tower.num_prefix_tokens or tower.tokens_per_tile
-        flops = tiles * 2 * num_rows * tower.tokens_per_tile * tower.hidden_size
+        num_tokens = geometry.tower_tokens(num_visual)
+        flops = tiles * 2 * (tower.num_prefix_tokens or num_tokens) * num_tokens * tower.hidden_size
         num_contextual = self.num_contextual(keep)
         # The CLS takes one of the dominant places, so one patch more is left over.
         num_leftover = num_visual - (keep - num_contextual) + tower.num_prefix_tokens
