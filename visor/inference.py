@@ -140,12 +140,6 @@ class LoadedModel:
         """What the weights are: a key of `DTYPES`."""
         return str(self.model.dtype).removeprefix("torch.")
 
-    @property
-    def weights_bytes(self) -> int:
-        """Memory of all parameters and buffers, shared ones once."""
-        tensors = {t.data_ptr(): t for t in (*self.model.parameters(), *self.model.buffers())}
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
     # --- one sample -----------------------------------------------------------------------------------------------
 
     def prepare(self, image: Image | None, question: str) -> PreparedSample:
@@ -182,10 +176,6 @@ class LoadedModel:
         return PreparedSample(tuple(input_ids), len(input_ids) - len(slots), len(slots), pixel_inputs, key)
 
     # --- images ---------------------------------------------------------------------------------------------------
-
-    def vision_key(self, sample: PreparedSample, taps: Collection[str] = (), image_scale: float = 1.0) -> Hashable:
-        """What `encode` depends on: the key under which a cache may keep its row."""
-        return (self.checkpoint_sha256, self.dtype, sample.image_key, tuple(sorted(taps)), image_scale)
 
     @torch.inference_mode()
     def encode(

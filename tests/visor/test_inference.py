@@ -256,7 +256,6 @@ def test_transparent_and_grey_images_are_read(loaded):
 def test_what_is_known_of_a_checkpoint(loaded, folder):
     assert loaded.card == "# a card\n" and loaded.path == folder.resolve()
     assert (loaded.device, loaded.dtype, loaded.geometry.num_layers) == ("cpu", "float32", NUM_LAYERS)
-    assert loaded.weights_bytes > sum(p.numel() for p in loaded.model.parameters()) * 4 - 1
     assert loaded.geometry.vision.visual_tokens() == GRID * GRID
     assert LoadedModel.load(folder, dtype="bfloat16").dtype == "bfloat16"
 
