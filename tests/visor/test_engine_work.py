@@ -41,7 +41,13 @@ def scoring_flops(n):
 
 @pytest.mark.parametrize(
     "modes, keep, method",
-    [("ssssss", {}, ""), ("tctstc", {}, ""), ("tttttt", {}, ""), ("ssssss", {2: 0.5}, "fastv"), ("sscsct", {2: 0.25}, "fastv")],
+    [
+        ("ssssss", {}, ""),
+        ("tctstc", {}, ""),
+        ("tttttt", {}, ""),
+        ("ssssss", {2: 0.5}, "fastv"),
+        ("sscsct", {2: 0.25}, "fastv"),
+    ],
 )
 @pytest.mark.parametrize("batch", [1, 2])
 def test_counted_flops_are_the_schedules(meta_model, modes, keep, method, batch):
