@@ -1,10 +1,10 @@
 """How an answer is scored: the metrics of the field, each from 0 to 1.
 
 exact_match       the normalised strings are equal.
-vqa_accuracy      VQA v2 (Antol et al. 2015; Goyal et al. 2017): min(1, matching annotators / 3), averaged over all
-                  leave-one-out subsets; with fewer than three references any match counts fully.
-anls              average normalised Levenshtein similarity (Biten et al. 2019, ST-VQA and DocVQA): 1 - distance / length
-                  of the nearest reference, 0 below a similarity of 0.5.
+vqa_accuracy      VQA v2 (Antol et al. 2015; Goyal et al. 2017): min(1, matching annotators / 3), averaged over
+                  all leave-one-out subsets; with fewer than three references any match counts fully.
+anls              average normalised Levenshtein similarity (Biten et al. 2019, ST-VQA and DocVQA): 1 - distance /
+                  length of the nearest reference, 0 below a similarity of 0.5.
 relaxed_accuracy  ChartQA (Masry et al. 2022): numbers within 5 % of the reference, other answers by exact match.
 """
 
@@ -97,7 +97,8 @@ def score(metric: str, answer: str, references: Sequence[str]) -> float:
         ValueError: unknown metric, or no reference to compare with.
     """
     if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; the metrics that exist: {', '.join(nearest_first(metric, list(METRICS)))}")
+        known = ", ".join(nearest_first(metric, list(METRICS)))
+        raise ValueError(f"unknown metric {metric!r}; the metrics that exist: {known}")
     if not references:
         raise ValueError(f"{metric}: a sample needs at least one reference answer")
     return METRICS[metric](answer, references)

@@ -45,7 +45,9 @@ class Sample:
     difficulty: int = 1
 
     @classmethod
-    def make(cls, task: str, image: Image.Image, image_id: str, question: str, references, difficulty: int = 1) -> Sample:
+    def make(
+        cls, task: str, image: Image.Image, image_id: str, question: str, references, difficulty: int = 1
+    ) -> Sample:
         """A sample with its content hash."""
         content = json.dumps([task, image_id, question, list(references)])
         sample_id = hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -24,6 +24,7 @@ class EasyVQA(Task):
             image, questions = load("test", image_number)
             image_id = image_id_of(image)
             # A question that asks for a colour or shape says more than one of the many yes/no ones: take one of each.
-            asked = sorted(questions, key=lambda q: q.kind == "easy_vqa/yes_no")[:1] + [questions[image_number % len(questions)]]
+            direct = min(questions, key=lambda q: q.kind == "easy_vqa/yes_no")
+            asked = [direct, questions[image_number % len(questions)]]
             for question in asked:
                 yield Sample.make(self.name, image, image_id, question.text, (question.answer,))

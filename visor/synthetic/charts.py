@@ -10,7 +10,10 @@ from visor.synthetic.world import Question, Scene, count_between, pick, pick_som
 VALUE = ("what is the value of {}?", "how much is {}?")
 NAME = ("what is the value of the {} bar?", "how much is the {} bar?")
 COLOR = ("what color is the bar of {}?", "what color is {}?")
-HIGHEST, LOWEST = ("which bar is the highest?", "which is the largest?"), ("which bar is the lowest?", "which is the smallest?")
+HIGHEST, LOWEST = (
+    ("which bar is the highest?", "which is the largest?"),
+    ("which bar is the lowest?", "which is the smallest?"),
+)
 
 
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:

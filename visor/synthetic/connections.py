@@ -1,4 +1,4 @@
-"""Connections: letters on the left joined to letters on the right by coloured lines. Multi-hop: name, line, other end."""
+"""Connections: letters on the left joined to letters on the right by coloured lines. Multi-hop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         bend = rng.uniform(15, 35)
         points = []
         for t in np.linspace(0, 1, 24):
-            x = (1 - t) ** 3 * (x0 + 11) + 3 * (1 - t) ** 2 * t * (x0 + 11 + bend) + 3 * (1 - t) * t**2 * (x1 - 11 - bend)
+            x = (
+                (1 - t) ** 3 * (x0 + 11)
+                + 3 * (1 - t) ** 2 * t * (x0 + 11 + bend)
+                + 3 * (1 - t) * t**2 * (x1 - 11 - bend)
+            )
             points.append((x + t**3 * (x1 - 11), y0 + (y1 - y0) * (3 * t**2 - 2 * t**3)))
         canvas.draw.line(points, fill=jitter_color(rng, colors[i]), width=4, joint="curve")
         canvas.label((colors[i], "line"), x0 + 14, y0)
@@ -42,7 +46,9 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             here, there = there, here
         questions.append(Question(pick(rng, OTHER_END).format(here), there, "connections/other_end"))
     i = int(rng.integers(num_lines))
-    questions.append(Question(pick(rng, LINE_COLOR).format(pick(rng, (left[i], right[goal[i]]))), colors[i], "connections/color"))
+    questions.append(
+        Question(pick(rng, LINE_COLOR).format(pick(rng, (left[i], right[goal[i]]))), colors[i], "connections/color")
+    )
     i, side = int(rng.integers(num_lines)), pick(rng, ("left", "right"))
     answer = left[i] if side == "left" else right[goal[i]]
     questions.append(Question(pick(rng, ENDS).format(side, colors[i]), answer, "connections/end"))

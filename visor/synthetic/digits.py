@@ -50,7 +50,9 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             scan = int(pick(rng, scans_of_split(split)))
             x, y = left + k * pitch_x, top + line * pitch_y + rng.uniform(-1, 1)
             mask = Image.fromarray((images[scan] * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-            canvas.image.paste(Image.new("RGB", mask.size, canvas.ink), (round(x - side / 2), round(y - side / 2)), mask)
+            canvas.image.paste(
+                Image.new("RGB", mask.size, canvas.ink), (round(x - side / 2), round(y - side / 2)), mask
+            )
             digit = str(targets[scan])
             canvas.label((digit,), x, y)
             number += digit

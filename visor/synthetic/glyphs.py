@@ -30,5 +30,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
 
     cells = pick_some(rng, [(r, c) for r in range(num_rows) for c in range(num_columns)], 4)
     questions = [Question(pick(rng, CELL).format(r + 1, c + 1), rows[r][c], "glyphs/cell") for r, c in cells]
-    questions += [Question(pick(rng, ROW).format(r + 1), rows[r], "glyphs/row") for r in pick_some(rng, range(num_rows), 3)]
+    questions += [
+        Question(pick(rng, ROW).format(r + 1), rows[r], "glyphs/row") for r in pick_some(rng, range(num_rows), 3)
+    ]
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_rows * num_columns)

@@ -1,4 +1,7 @@
-"""Scenes of a few large coloured shapes: attributes, presence and counts. Coarse: what they ask survives a small image."""
+"""Scenes of a few large coloured shapes: attributes, presence and counts.
+
+Coarse: what they ask survives a small image.
+"""
 
 from __future__ import annotations
 
@@ -61,5 +64,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     # The absent one shares its colour or its shape with something that is there: neither word alone gives it away.
     i = int(rng.integers(num_shapes))
     near = [f"{colors[i]} {s}" for s in SHAPES] + [f"{c} {shapes[i]}" for c in COLORS]
-    questions.append(Question(pick(rng, PRESENT).format(pick(rng, [n for n in near if n not in there])), "no", "scenes/present"))
+    questions.append(
+        Question(pick(rng, PRESENT).format(pick(rng, [n for n in near if n not in there])), "no", "scenes/present")
+    )
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_shapes)

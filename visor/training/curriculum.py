@@ -43,7 +43,7 @@ class Curriculum:
             self.worlds.setdefault(name, Progress())
 
     def draw(self, rng: np.random.Generator) -> tuple[str, float]:
-        """A world, the weaker the likelier, and the size of its scene. One in five scenes is smaller than its world's size."""
+        """A world, the weaker the likelier, and the size of its scene; one scene in five is smaller."""
         names = self.order[: self.unlocked]
         weights = np.array([max(0.08, 1.02 - self.worlds[n].accuracy) for n in names])
         name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
@@ -61,7 +61,8 @@ class Curriculum:
             progress.size = min(1.0, round(progress.size + self.step, 3))
             progress.seen_at_size = 0
         if self.unlocked < len(self.order) and all(
-            self.worlds[n].accuracy >= self.join_at and self.worlds[n].size >= self.join_size for n in self.order[: self.unlocked]
+            self.worlds[n].accuracy >= self.join_at and self.worlds[n].size >= self.join_size
+            for n in self.order[: self.unlocked]
         ):
             self.unlocked += 1
 
@@ -76,4 +77,6 @@ class Curriculum:
             self.worlds[name] = Progress(**values)
 
     def __str__(self) -> str:
-        return " ".join(f"{n} {self.worlds[n].size:.1f}:{self.worlds[n].accuracy:.0%}" for n in self.order[: self.unlocked])
+        return " ".join(
+            f"{n} {self.worlds[n].size:.1f}:{self.worlds[n].accuracy:.0%}" for n in self.order[: self.unlocked]
+        )

@@ -48,7 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
             changed = {"steps": options.steps, "peak_rate": options.rate}
             recipe = recipe.__class__(**{**vars(recipe), **{k: v for k, v in changed.items() if v is not None}})
         elif options.only:
-            load_weights(path, stage.module)
+            try:
+                load_weights(path, stage.module)
+            except ValueError as error:
+                parser.error(str(error))
             continue
         train(stage, recipe, options.out)
     print(json.dumps({"checkpoint": str(options.out / f"{options.stage}.pt")}))

@@ -39,7 +39,8 @@ class Recipe:
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         start_decay = self.steps * (1 - self.decay)
-        tail = 1.0 if step < start_decay else max(0.1, 1 - 0.9 * (step - start_decay) / max(1.0, self.steps - start_decay))
+        done = max(0.0, step - start_decay) / max(1.0, self.steps - start_decay)
+        tail = max(0.1, 1 - 0.9 * done)
         return self.peak_rate * min(1.0, (step + 1) / self.warmup) * tail
 
 
@@ -97,8 +98,21 @@ def load_weights(path: Path, module: nn.Module) -> None:
     module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["module"])
 
 
-def train(stage: Stage, recipe: Recipe, folder: Path, save_every: float = 120.0, log_every: float = 20.0) -> None:
-    """Train a stage to the end of its recipe, continuing from `folder/<stage>.pt` if it exists."""
+def train(
+    stage: Stage,
+    recipe: Recipe,
+    folder: Path,
+    save_every: float = 120.0,
+    log_every: float = 20.0,
+    stop_after: int | None = None,
+) -> None:
+    """Train a stage to the end of its recipe, continuing from `folder/<stage>.pt` if it exists.
+
+    Args:
+        folder: where the checkpoint and the log `<stage>.jsonl` go.
+        save_every, log_every: seconds between checkpoints and log lines.
+        stop_after: stop at this step, with a checkpoint, as if interrupted there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{stage.name}.pt", folder / f"{stage.name}.jsonl"
     decayed = [p for p in stage.module.parameters() if p.ndim >= 2 and p.requires_grad]
@@ -117,13 +131,14 @@ def train(stage: Stage, recipe: Recipe, folder: Path, save_every: float = 120.0,
     started = time.monotonic() - seconds
     saved = logged = time.monotonic()
     losses, tally, scenes_since = [], defaultdict(list), 0
-    while step < recipe.steps:
+    last = min(recipe.steps, stop_after or recipe.steps)
+    while step < last:
         worlds, scenes = batch_of(stage, recipe, step)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         result = stage.step(scenes, torch.Generator().manual_seed(recipe.seed * 1_000_003 + step))
         if not torch.isfinite(result.loss):
-            raise RuntimeError(f"{stage.name}: loss is {result.loss.item()} at step {step}; the last good state is {checkpoint}")
+            raise RuntimeError(f"{stage.name}: loss {result.loss.item()} at step {step}; last good state: {checkpoint}")
         result.loss.backward()
         nn.utils.clip_grad_norm_(stage.module.parameters(), recipe.clip)
         optimizer.step()
@@ -137,7 +152,7 @@ def train(stage: Stage, recipe: Recipe, folder: Path, save_every: float = 120.0,
                 tally[kind].append(ok)
 
         now = time.monotonic()
-        if now - logged >= log_every or step == recipe.steps:
+        if now - logged >= log_every or step == last:
             elapsed = now - started
             row = {
                 "step": step,
@@ -158,6 +173,6 @@ def train(stage: Stage, recipe: Recipe, folder: Path, save_every: float = 120.0,
                 flush=True,
             )
             losses, tally, scenes_since, logged = [], defaultdict(list), 0, now
-        if now - saved >= save_every or step == recipe.steps:
+        if now - saved >= save_every or step == last:
             _save(checkpoint, stage, optimizer, step, now - started)
             saved = now

@@ -1,0 +1,75 @@
+"""Tasks and metrics."""
+
+import subprocess
+import sys
+
+import pytest
+
+from budgets.registry import TASKS, UnknownNameError
+from evaluations.metrics import METRICS, edit_distance, score
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_samples_are_fixed_distinct_and_enough(name):
+    task = TASKS.get(name)()
+    samples = task.samples()
+    assert len(samples) >= 500
+    assert len({s.sample_id for s in samples}) == len(samples)
+    assert [s.sample_id for s in task.samples(7)] == [s.sample_id for s in samples[:7]]
+    assert task.metric in METRICS and all(s.references and s.task == name for s in samples)
+    assert max(len(s.references[0]) for s in samples) < 20
+    most_common = max(set(answers := [s.references[0] for s in samples]), key=answers.count)
+    assert answers.count(most_common) / len(answers) < 0.3, "one answer must not carry the task"
+
+
+def test_limit_and_names():
+    with pytest.raises(ValueError, match="at least 1"):
+        TASKS.get("forms")().samples(0)
+    with pytest.raises(UnknownNameError, match="unknown task 'form'.*nearest first: forms"):
+        TASKS.get("form")
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "references", "expected"),
+    [
+        ("exact_match", " The Red. ", ["red"], 1.0),
+        ("exact_match", "dark red", ["red"], 0.0),
+        ("vqa_accuracy", "yes", ["yes"], 1.0),
+        ("vqa_accuracy", "yes", ["yes"] * 2 + ["no"] * 8, (2 * (1 / 3) + 8 * (2 / 3)) / 10),
+        ("vqa_accuracy", "yes", ["yes"] * 4 + ["no"] * 6, 1.0),
+        ("anls", "1234", ["1235"], 0.75),
+        ("anls", "12", ["1299"], 0.5),
+        ("anls", "1", ["129"], 0.0),
+        ("anls", "", ["129"], 0.0),
+        ("relaxed_accuracy", "95", ["100"], 1.0),
+        ("relaxed_accuracy", "94.9", ["100"], 0.0),
+        ("relaxed_accuracy", "Teal", ["teal"], 1.0),
+        ("relaxed_accuracy", "5%", ["0.05"], 1.0),
+        ("relaxed_accuracy", "blue", ["50"], 0.0),
+    ],
+)
+def test_metrics_by_hand(metric, answer, references, expected):
+    assert score(metric, answer, references) == pytest.approx(expected)
+
+
+def test_edit_distance_by_hand():
+    assert edit_distance("kitten", "sitting") == 3 and edit_distance("", "abc") == 3 and edit_distance("a", "a") == 0
+
+
+def test_bad_metric_or_no_reference():
+    with pytest.raises(ValueError, match="the metrics that exist: anls"):
+        score("anl", "a", ["b"])
+    with pytest.raises(ValueError, match="at least one reference"):
+        score("anls", "a", [])
+
+
+def test_show_writes_images_and_questions(tmp_path):
+    command = [sys.executable, "-m", "evaluations.tasks", "show", "glyphs", "--num", "2", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "glyphs-00.png",
+        "glyphs-00.txt",
+        "glyphs-01.png",
+        "glyphs-01.txt",
+    ]
+    assert "\t" in (tmp_path / "glyphs-00.txt").read_text()

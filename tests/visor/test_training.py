@@ -1,0 +1,111 @@
+"""Training the small models: packing equals asking one by one, runs resume exactly, the curriculum grows by accuracy."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from visor.synthetic.worlds import scene
+from visor.training import stages
+from visor.training.curriculum import MEMORY, Curriculum
+from visor.training.tiny_model import TinyArchitecture
+from visor.training.trainer import Recipe, train
+from visor.training.vocabulary import build_processor, build_tokenizer
+
+SMALL = TinyArchitecture(
+    tower_layers=2, tower_width=32, tower_heads=2, decoder_layers=2, decoder_width=32, decoder_heads=2,
+    decoder_kv_heads=1, decoder_intermediate=48,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("text", ["what is the value of TAX?", "47", "red", "is no red shape present?", "Foo: 3.5%"])
+def test_tokenizer_gives_back_what_it_got(text):
+    tokenizer = build_tokenizer()
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+
+
+def test_packed_questions_equal_questions_asked_alone():
+    model = stages.TinyModel(SMALL).eval()
+    model.llava.set_attn_implementation("sdpa")
+    processor = build_processor(SMALL.patch_size)
+    scenes = [scene("forms", "train", 3, 0.5), scene("scenes", "train", 4)]
+    text = model.text.pack(scenes)
+    patches = torch.arange(144).expand(2, -1)
+    with torch.no_grad():
+        visual = model.llava.model.multi_modal_projector(model.tower(scenes))
+        packed = model.decode(visual, patches, torch.ones_like(patches, dtype=torch.bool), text)
+    singles = []
+    for one in scenes:
+        for question in one.questions:
+            prompt = [{"type": "image", "image": one.image}, {"type": "text", "text": question.text}]
+            answer = [{"type": "text", "text": question.answer}]
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")
+            num_answer = len(model.text.ids(question.answer)) + 1
+            with torch.no_grad():
+                singles.append(model.llava(**inputs).logits[0, -num_answer - 1 : -1])
+    torch.testing.assert_close(packed, torch.cat(singles), atol=2e-5, rtol=1e-4)
+
+
+def test_whole_answers_are_marked():
+    text = stages.TextEncoder(build_tokenizer()).pack([scene("scenes", "train", 1)])
+    logits = torch.nn.functional.one_hot(text.labels_BT[text.labels_BT >= 0], 250).float()
+    assert stages.answer_loss(logits, text)[1] == [[True] * len(text.kinds[0])]
+    logits[0] = -logits[0]
+    assert stages.answer_loss(logits, text)[1] == [[False] + [True] * (len(text.kinds[0]) - 1)]
+
+
+@pytest.mark.parametrize("name", ["DecoderStage", "TowerStage", "AlignStage", "DenseStage"])
+def test_an_interrupted_run_ends_with_the_same_weights(name, tmp_path):
+    recipe = Recipe(steps=4, batch_size=3, warmup=2)
+
+    def run(folder, **change):
+        stage = getattr(stages, name)(stages.TinyModel(SMALL))
+        train(stage, Recipe(**{**vars(recipe), **change}), folder)
+        return stage.module.state_dict()
+
+    whole = run(tmp_path / "whole")
+    stage = getattr(stages, name)(stages.TinyModel(SMALL))
+    train(stage, recipe, tmp_path / "broken", stop_after=2)
+    resumed = run(tmp_path / "broken")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / f"{stage.name}.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4 and rows[-1]["loss"] > 0
+
+
+def test_training_lowers_the_loss(tmp_path):
+    stage = stages.DecoderStage(stages.TinyModel(SMALL))
+    train(stage, Recipe(steps=60, batch_size=8, warmup=5, peak_rate=3e-3), tmp_path, log_every=0)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "decoder.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_curriculum_grows_and_unlocks_with_accuracy():
+    curriculum = Curriculum(("forms", "glyphs"))
+    curriculum.note("forms", [True] * (MEMORY // 2))
+    assert curriculum.worlds["forms"].size == pytest.approx(0.1) and curriculum.unlocked == 1
+    for _ in range(5):
+        curriculum.note("forms", [True] * MEMORY)
+    assert curriculum.unlocked == 2
+    again = Curriculum(("forms", "glyphs"))
+    again.load(json.loads(json.dumps(curriculum.state())))
+    assert again == curriculum
+
+
+def test_a_missing_stage_is_an_error_that_says_what_to_run(tmp_path):
+    command = [sys.executable, "-m", "visor.training.tiny", "--stage", "dense", "--only", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "run the stage that writes it first" in done.stderr

@@ -1,0 +1,124 @@
+"""From a training checkpoint to a shipped model: bf16 safetensors, tokenizer, processor, model card.
+
+    python -m visor.training.export --run runs/tiny --out visor/checkpoints/dense-tiny
+    python -m evaluations.run --suite all --methods dense --out runs/card
+    python -m visor.training.export --out visor/checkpoints/dense-tiny --results runs/card/results.json
+
+The first line writes the model, the last its card with the accuracy that the benchmark measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+
+def export(run: Path, out: Path) -> None:
+    """Write the model of `run/dense.pt` to `out`."""
+    import torch
+
+    from visor.training import stages
+    from visor.training.recipes import RECIPES
+    from visor.training.tiny import STAGES
+    from visor.training.tiny_model import TinyArchitecture
+    from visor.training.trainer import load_weights
+    from visor.training.vocabulary import build_processor
+
+    architecture = TinyArchitecture()
+    model = stages.TinyModel(architecture)
+    load_weights(run / "dense.pt", model)
+    llava = model.llava.to(torch.bfloat16)
+    llava.set_attn_implementation("sdpa")
+    llava.save_pretrained(out)
+    build_processor(architecture.patch_size).save_pretrained(out)
+    logs = {name: [json.loads(line) for line in (run / f"{name}.jsonl").open()] for name in STAGES}
+    facts = {
+        "parameters": sum(p.numel() for p in llava.parameters()),
+        "hardware": f"{platform.machine()} CPU, bfloat16 autocast with float32 attention",
+        "stages": {
+            name: {
+                "steps": log[-1]["step"],
+                "scenes": log[-1]["step"] * RECIPES[name].batch_size,
+                "seconds": log[-1]["seconds"],
+                "peak_rate": RECIPES[name].peak_rate,
+            }
+            for name, log in logs.items()
+        },
+    }
+    # Kept beside the weights, but not as .json: facts about training cannot change an answer.
+    (out / "training_facts.md").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def card(out: Path, results: Path | None) -> str:
+    """The text of the model card."""
+    facts = json.loads((out / "training_facts.md").read_text())
+    stages = "\n".join(
+        f"| {name} | {s['steps']:,} | {s['scenes']:,} | {s['peak_rate']:g} | {s['seconds'] / 60:.0f} min |"
+        for name, s in facts["stages"].items()
+    )
+    hours = sum(s["seconds"] for s in facts["stages"].values()) / 3600
+    accuracy = "Not measured yet."
+    if results is not None:
+        row = "| {task} | {metric} | {score:.1%} | {score_low:.1%} to {score_high:.1%} | {num_samples} |"
+        rows = [
+            row.format(**c)
+            for c in json.loads(results.read_text())["cells"]
+            if c["method"] == "dense" and c["score"] is not None
+        ]
+        head = "| task (test split) | metric | score | 95 % interval | questions |\n|---|---|---|---|---|\n"
+        accuracy = head + "\n".join(rows)
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+trained: true
+---
+# {out.name}
+
+A small LLaVA of real Hugging Face classes (`LlavaForConditionalGeneration`: SigLIP tower, MLP projector, Qwen2
+decoder), {facts["parameters"] / 1e6:.1f} M parameters, for 144 x 144 images in 144 visual tokens. It exists so that
+efficiency methods can be compared on a laptop; it knows nothing but the seven small worlds below.
+
+## Data
+easy-VQA (its training images), handwritten digits of the UCI set (70 % of the scans), and forms, bar charts, glyph
+grids, scenes and connected letters drawn from training seeds (`visor/synthetic`). Test splits share no seed, scan or
+image with them.
+
+## Recipe
+`python -m visor.training.tiny --stage dense`; {facts["hardware"]}; {hours:.1f} hours in all (`decoder` and
+`tower` side by side).
+
+| stage | steps | scenes | peak rate | time |
+|---|---|---|---|---|
+{stages}
+
+## Accuracy
+`python -m evaluations.run --suite all --methods dense`
+
+{accuracy}
+
+## Use
+```python
+from transformers import pipeline
+ask = pipeline("image-text-to-text", model="visor/checkpoints/{out.name}")
+```
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the model, its card, or both."""
+    parser = argparse.ArgumentParser(prog="python -m visor.training.export", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="folder of training checkpoints; without it only the card is written")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--results", type=Path, help="results.json of an evaluation of this model, for the card")
+    options = parser.parse_args(arguments)
+    if options.run is not None:
+        export(options.run, options.out)
+    (options.out / "README.md").write_text(card(options.out, options.results))
+    print(json.dumps({"model": str(options.out)}))
+
+
+if __name__ == "__main__":
+    main()
