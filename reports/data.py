@@ -178,6 +178,9 @@ def _samples(folder: RunFolder, shown: dict[tuple[str, str], Manifest]) -> pd.Da
     frame = pd.DataFrame(rows, columns=[*columns, *(f"flops_{part}" for part in FLOPS_PARTS)])
     for name in ("decoder_flops", "dense_decoder_flops", "kv_bytes", "num_text", "num_visual", "score"):
         frame[name] = frame[name].astype(float)
+    for name in ("kept", "configuration", "answer", "error", "grid", "visual_tokens"):  # pandas makes NaN of None in texts
+        column = frame[name].astype(object)
+        frame[name] = column.where(column.notna(), None)
     frame["visual_tokens_mean"] = [float(np.mean(v)) if v else np.nan for v in frame.visual_tokens]
     return frame
 

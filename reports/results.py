@@ -10,10 +10,12 @@ import csv
 import gzip
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from evaluations.records import write_bytes_atomically
 from evaluations.statistics import Interval
 from reports.comparisons import AVERAGE, Analysis, Costs
 from reports.data import FLOPS_PARTS, Setting
@@ -161,3 +163,10 @@ def samples_csv_gz(analysis: Analysis) -> bytes:
     drop = ["kept", "visual_tokens", "grid", "question", *parts]
     text = table.drop(columns=drop).assign(references=table.references.map(json.dumps)).to_csv(index=False, lineterminator="\n")
     return gzip.compress(text.encode(), compresslevel=9, mtime=0)
+
+
+def write_samples(analysis: Analysis, path: Path) -> None:
+    """samples.parquet, whole and atomically."""
+    buffer = io.BytesIO()
+    samples_table(analysis).to_parquet(buffer, index=False)
+    write_bytes_atomically(path, buffer.getvalue())
