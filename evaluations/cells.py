@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -209,12 +209,16 @@ def _with_seed(method: Method, seed: int) -> Method:
 
 
 def make_settings(
-    config: RunConfig, planner: Planner, lengths: Sequence[Lengths]
+    config: RunConfig, planner: Planner, lengths: Sequence[Lengths], check: Callable[[Sequence[Schedule]], None]
 ) -> tuple[tuple[Setting, ...], tuple[dict[str, Any], ...]]:
     """The settings of a run, and those left out, each with its reason.
 
+    Args:
+        check: raises ValueError if the model cannot run schedules (one of VISOR needs weights trained for it).
+
     Raises:
-        ValueError: a method cannot reach a budget that was asked for, or nothing is left to run.
+        ValueError: a method cannot reach a budget that was asked for, a method that was asked for cannot be run at all,
+            or nothing is left to run.
     """
     settings: list[Setting] = []
     unreachable: list[dict[str, Any]] = []
@@ -222,14 +226,15 @@ def make_settings(
         method = _with_seed(METHODS.get(name)(), config.seed)
         for setting in _of_method(name, method, config, planner, lengths):
             try:
-                for each in lengths:
-                    planner.fitted(setting, each)
+                check([planner.fitted(setting, each)[1] for each in lengths])
             except ValueError as error:
                 if config.budgets_asked:
                     raise ValueError(f"{setting.id}: {error}") from error
                 unreachable.append({"method": name, "budget": setting.budget, "reason": str(error)})
             else:
                 settings.append(setting)
+        if config.methods_asked and all(setting.name != name for setting in settings):
+            raise ValueError(f"{name} cannot be run: {unreachable[-1]['reason']}")
     if not settings:
         reasons = "; ".join(entry["reason"] for entry in unreachable)
         raise ValueError(f"there is nothing to run: no method reaches a budget of its list: {reasons}")
@@ -264,16 +269,16 @@ def cell_key(cell_setting: Setting, task: PlannedTask, planner: Planner, config:
     )[:20]
 
 
-def make_plan(config: RunConfig, tasks: Sequence[PlannedTask], planner: Planner, checkpoint: str) -> Plan:
-    """All cells of a run.
+def make_plan(config: RunConfig, tasks: Sequence[PlannedTask], planner: Planner, loaded: Any) -> Plan:
+    """All cells of a run of a loaded model.
 
     Raises:
         ValueError: as `make_settings`.
     """
     lengths = tuple(dict.fromkeys(each for task in tasks for each in task.lengths))
-    settings, unreachable = make_settings(config, planner, lengths)
+    settings, unreachable = make_settings(config, planner, lengths, loaded.check)
     cells = tuple(
-        Cell(cell_key(setting, task, planner, config, checkpoint), setting, task)
+        Cell(cell_key(setting, task, planner, config, loaded.checkpoint_sha256), setting, task)
         for task in tasks
         for setting in settings
     )

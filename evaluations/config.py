@@ -43,8 +43,8 @@ class RunConfig:
         tasks: tasks to run with their limits; in the order given.
         methods: registered methods, in the order given.
         budgets: decoder prefill FLOPs relative to dense, each in (0, 1], largest first.
-        budgets_asked: True if the budgets were asked for, not the suite's default list. A method that cannot reach one
-            is then an error, and otherwise a setting that is left out and said to be.
+        methods_asked, budgets_asked: True if they were asked for and are not the suite's default list. What was asked
+            for and cannot be had is an error; what is merely in the default list is left out and said to be.
         model: shipped checkpoint, folder or Hub name.
         batch_size: samples that share a batch in the accuracy pass.
         limit: samples of each task, overriding the suite; None for the suite's own limits.
@@ -55,6 +55,7 @@ class RunConfig:
     tasks: tuple[SuiteTask, ...]
     methods: tuple[str, ...]
     budgets: tuple[float, ...]
+    methods_asked: bool
     budgets_asked: bool
     out: Path
     model: str = "dense-tiny"
@@ -117,6 +118,7 @@ class RunConfig:
             tasks=tuple(chosen),
             methods=tuple(suite.methods if methods is None else methods),
             budgets=tuple(sorted(set(suite.budgets if budgets is None else budgets), reverse=True)),
+            methods_asked=methods is not None,
             budgets_asked=budgets is not None,
             limit=limit,
             out=Path("runs") / suite.name if out is None else out,

@@ -80,5 +80,7 @@ def progress(title: str, total: int, done: int = 0) -> Iterator[Progress]:
     else:
         line = Progress(title, total, done, None)
         yield line
+        if total == 0:
+            return  # everything was done before: nothing to tell
         spent = duration(time.monotonic() - line.started)
         print(f"{title}: {line.done:,} of {total:,} in {spent}", file=sys.stderr, flush=True)

@@ -134,7 +134,7 @@ def execute(
     loaded = load(config)
     planner = Planner(loaded.geometry, config.dtype)
     tasks = [_plan_task(entry, config, loaded, plan_task) for entry in config.tasks]
-    plan = make_plan(config, tasks, planner, loaded.checkpoint_sha256)
+    plan = make_plan(config, tasks, planner, loaded)
     for entry in plan.unreachable:
         budget = "" if entry["budget"] is None else f"@{entry['budget']:g}"
         say(f"left out: {entry['method']}{budget}: {entry['reason']}")
@@ -216,6 +216,7 @@ def _write_run(config: RunConfig, command: str, folder: RunFolder, plan: Plan, l
     }  # fmt: skip
     provenance = collect(config.device, config.dtype, config.attention, checkpoint)
     cells, created, commands = [cell.key for cell in plan.cells], datetime.now(timezone.utc).isoformat(), [command]
+    unreachable = list(plan.unreachable)
     if folder.run_path.exists():
         earlier = RunFolder.open(folder.path).read_run()
         check_continues(earlier, config, loaded.checkpoint_sha256, suite_tasks, folder)
@@ -223,6 +224,7 @@ def _write_run(config: RunConfig, command: str, folder: RunFolder, plan: Plan, l
         suite_tasks = {**earlier_tasks, **suite_tasks}
         cells = list(dict.fromkeys([*earlier["cells"], *cells]))
         created, commands = earlier["created"], list(dict.fromkeys([*earlier["commands"], command]))
+        unreachable = [e for e in earlier["unreachable"] if e["method"] not in config.methods] + unreachable
     folder.write_run(
         {
             "created": created,
@@ -235,7 +237,8 @@ def _write_run(config: RunConfig, command: str, folder: RunFolder, plan: Plan, l
             },
             "provenance": provenance,
             "limit": config.limit,
-            "unreachable": list(plan.unreachable),
+            "unreachable": unreachable,
+            "not_timed": {},
             "cells": cells,
         }
     )  # fmt: skip
@@ -312,7 +315,10 @@ def _timing(config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, 
     if total and load and load[0] > 1.5:
         say(f"the load average is {load[0]:.1f}: other work on this machine makes the timings slower and noisier")
     with progress("timing", total) as line:
-        return timing_pass.run(pending, line)
+        failed = timing_pass.run(pending, line)
+    if failed:
+        folder.write_run({**folder.read_run(), "not_timed": failed})
+    return failed
 
 
 def _report(folder: RunFolder) -> tuple[Path | None, str | None]:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from budgets.geometry import ModelGeometry, VisionGeometry
 from budgets.registry import TASKS
+from budgets.schedule import LayerMode
 from evaluations.config import RunConfig
 from evaluations.suite import Suite, SuiteTask, TimingPlan
 
@@ -87,6 +88,11 @@ class FakeModel:
         self.generated = 0
         self.fails_on = lambda schedule: False
 
+    def check(self, schedules):
+        for schedule in schedules:
+            if schedule.layers_in(LayerMode.CROSS):
+                raise ValueError("this model has no trained cross-attention blocks")
+
     def prepare(self, image, question):
         image.load()
         key = hashed(image.tobytes())
@@ -126,7 +132,9 @@ class FakeModel:
         time.sleep(1e-4 * num_tokens)
 
 
-def make_config(out: Path, methods=("dense", "fastv"), budgets=(0.5,), asked=None, **changes) -> RunConfig:
+def make_config(
+    out: Path, methods=("dense", "fastv"), budgets=(0.5,), asked=None, asked_methods=None, **changes
+) -> RunConfig:
     suite = Suite(
         "fakes", "Fakes", "Two tasks.", (SuiteTask("fake_a"), SuiteTask("fake_b", 6)), tuple(methods), tuple(budgets),
         TimingPlan(num_samples=2, throughput_batch=3, new_tokens=3, min_runs=2, min_seconds=0, max_runs=2),
@@ -134,7 +142,9 @@ def make_config(out: Path, methods=("dense", "fastv"), budgets=(0.5,), asked=Non
     # `--model` is looked up before it is loaded, and this folder stands in for a model.
     (out.parent / "model").mkdir(parents=True, exist_ok=True)
     (out.parent / "model" / "config.json").write_text("{}")
-    return RunConfig.of(suite, out=out, batch_size=4, budgets=asked, model=str(out.parent / "model"), **changes)
+    return RunConfig.of(
+        suite, out=out, batch_size=4, budgets=asked, methods=asked_methods, model=str(out.parent / "model"), **changes
+    )
 
 
 if __name__ == "__main__":

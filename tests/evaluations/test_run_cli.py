@@ -3,35 +3,44 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from budgets.registry import METHODS, TASKS
+from evaluations.run import main
 from evaluations.suite import SUITES_FOLDER, SuiteError, load_suite, suite_names
 
 ROOT = Path(__file__).parents[2]
 
 
-def command(*arguments, cwd=ROOT):
+def command(*arguments):
+    """A process of its own: (status, stdout, stderr, what was imported)."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *sys.path]))}
-    started = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "evaluations.run", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    imported = {
-        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
-    }
-    message = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("import time:"))
-    return result.returncode, result.stdout, message, imported, time.monotonic() - started
+    told, imports = [], set()
+    for line in result.stderr.splitlines():
+        if line.startswith("import time:"):
+            imports.add(line.rpartition("|")[2].strip())
+        else:
+            told.append(line)
+    return result.returncode, result.stdout, "\n".join(told), imports
 
 
 def test_help_answers_at_once():
-    status, out, _, imported, _ = command("--help")
+    status, out, _, imported = command("--help")
     assert status == 0 and "--budgets" in out and "fine-grained" in out
     assert not imported & {"torch", "transformers", "numpy", "pandas", "PIL"}
+
+
+def test_names_are_checked_before_anything_is_loaded():
+    status, out, message, imported = command("--model", "dense-tony")
+    assert status == 2 and out == "" and "Traceback" not in message
+    assert "unknown model 'dense-tony'; the models that exist, nearest first:" in message
+    assert not imported & {"torch", "transformers", "pandas"}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +49,6 @@ def test_help_answers_at_once():
         (["--suite", "fine-graned"], "the suites that exist, nearest first: fine-grained,"),
         (["--methods", "dense,fastvv"], "unknown method 'fastvv'; the methods that exist, nearest first: fastv,"),
         (["--tasks", "digit"], "unknown task 'digit'; the tasks that exist, nearest first: digits,"),
-        (["--model", "dense-tony"], "unknown model 'dense-tony'; the models that exist, nearest first:"),
         (["--device", "cdua"], "unknown device 'cdua'; the devices that exist, nearest first: cuda,"),
         (["--dtype", "bfloat"], "unknown dtype 'bfloat'; the dtypes that exist, nearest first: bfloat16,"),
         (["--attention", "flash"], "the attentions that exist, nearest first: flash_attention_2,"),
@@ -58,16 +66,29 @@ def test_help_answers_at_once():
         (["--out", __file__], "is a file; it must be a folder"),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, expected):
-    status, out, message, imported, _ = command(*arguments)
-    assert status == 2 and out == ""
-    assert expected in message and "Traceback" not in message
-    assert "torch" not in imported and "transformers" not in imported
+def test_bad_arguments_are_refused(arguments, expected, monkeypatch, capsys):
+    monkeypatch.setattr("evaluations.run.execute", lambda *_, **__: pytest.fail("it went on"))
+    try:
+        status = main(arguments)
+    except SystemExit as exit_by_argparse:
+        status = exit_by_argparse.code
+    out, message = capsys.readouterr()
+    assert (status, out) == (2, "") and expected in message
 
 
-def test_a_folder_that_is_no_model(tmp_path):
-    status, _, message, imported, _ = command("--model", str(tmp_path))
-    assert status == 2 and "holds no config.json" in message and "torch" not in imported
+def test_a_folder_that_is_no_model(tmp_path, capsys):
+    assert main(["--model", str(tmp_path)]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("evaluations.run.execute", interrupted)
+    assert main(["--model", str(tmp_path)]) == 130
+    assert "the same command continues" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", suite_names())
