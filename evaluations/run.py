@@ -323,10 +323,10 @@ def _timing(config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, 
 
 def _report(folder: RunFolder) -> tuple[Path | None, str | None]:
     """The report's path, or why there is none: the records are worth keeping without it."""
-    import reports
-
     try:
-        path = reports.build(folder.path)
+        from reports.build import build
+
+        path = build(folder.path)
     except Exception as error:
         say(f"the report could not be made: {type(error).__name__}: {error}; try `python -m reports {folder.path}`")
         return None, f"{type(error).__name__}: {error}"
