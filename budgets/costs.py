@@ -251,8 +251,3 @@ def _decode_parts(geometry: ModelGeometry, layers: tuple[LayerCost, ...], passes
             parts["cross_attention"] += passes * 4 * query * layer.visual_tokens
     parts["lm_head"] = passes * 2 * width * geometry.vocab_size
     return parts
-
-
-def relative_to_dense(cost: Cost, dense_cost: Cost) -> float:
-    """The budget that a cost stands for: decoder prefill FLOPs relative to the unmodified model."""
-    return cost.decoder_prefill / dense_cost.decoder_prefill
