@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes import BrokenImage, FakeModel, FakeSample, make_config, make_task
@@ -257,7 +258,7 @@ def test_the_last_line_says_where_the_report_is_or_why_there_is_none(unbroken, m
             raise OSError("the disk is full")
         return folder / "report.html"
 
-    monkeypatch.setattr("reports.build.build", build)
+    monkeypatch.setitem(sys.modules, "reports.build", SimpleNamespace(build=build))
     status = execute(make_config(unbroken), "test", load=lambda _: FakeModel())
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["run_folder"] == str(unbroken) and last["cells"] == 4
