@@ -15,7 +15,7 @@ Shapes: B batch, N live tokens, P prompt length, D hidden width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,8 @@ from visor.cross_attention import CrossAttentionBlock
 from visor.execution import KeepMasks, KeepRecord, Run
 from visor.families.base import adapter_for
 from visor.streams import PromptLayout, PromptStreams, TokenStream
+
+CallLayer = Callable[[int, TokenStream], None]
 
 __all__ = ["ElasticDecoder", "LayerContext", "install", "running"]
 
@@ -117,7 +119,7 @@ class ElasticDecoder:
         attention_mask: Tensor | None,
         position_ids: Tensor,
         cache: ElasticCache | None,
-        call: Any,
+        call: CallLayer,
     ) -> Tensor:
         """Run a prompt: final hidden states [B, P, D]."""
         rows = run.rows(layout)
@@ -136,7 +138,13 @@ class ElasticDecoder:
         return streams.prompt_hidden(self.norm, layout.visual_BP.shape[1])
 
     def _run_layers(
-        self, start: int, run: Run, rows: list[Schedule], streams: PromptStreams, cache: ElasticCache | None, call: Any
+        self,
+        start: int,
+        run: Run,
+        rows: list[Schedule],
+        streams: PromptStreams,
+        cache: ElasticCache | None,
+        call: CallLayer,
     ) -> None:
         """Run the layers from `start` on. `rows` holds one schedule a row, of one structure."""
         ops, before, h_in = rows[0].layers, None, None
@@ -194,7 +202,12 @@ class ElasticDecoder:
             cache.layers[layer].cross = keys, values, valid_BV, active_B
 
     def _continue(
-        self, hidden_BND: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: ElasticCache, call: Any
+        self,
+        hidden_BND: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: ElasticCache,
+        call: CallLayer,
     ) -> Tensor:
         """Run tokens that follow a cached prompt: text, through every layer, against what that layer holds."""
         valid_BN = None if attention_mask is None else attention_mask[:, -hidden_BND.shape[1] :].bool()

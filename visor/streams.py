@@ -104,9 +104,7 @@ class TokenStream:
 
     def select(self, index_BM: Tensor, valid_BM: Tensor | None, group: int) -> TokenStream:
         cos, sin = self.rotary
-        return TokenStream(
-            take(self.hidden_BND, index_BM), (take(cos, index_BM), take(sin, index_BM)), valid_BM, group
-        )
+        return TokenStream(take(self.hidden_BND, index_BM), (take(cos, index_BM), take(sin, index_BM)), valid_BM, group)
 
 
 class PromptStreams:
@@ -131,6 +129,7 @@ class PromptStreams:
         self.origin_BN: Tensor | None = None
         self.shift_B1: Tensor | None = None
         self._text: TokenStream | None = None
+        self._text_masks: dict[int, tuple[Tensor | None, Any]] = {}  # no reduction changes the text
         self._text_slots: tuple[Tensor, Tensor | None] | None = None
         self._visual_slots: tuple[Tensor, Tensor | None, Tensor | None] | None = None
         self._visual: tuple[Tensor, Tensor] | None = None
@@ -155,6 +154,7 @@ class PromptStreams:
             if self._text_slots is None:
                 self._text_slots = self._slots(self.valid_BN & ~self.visual_BN, self.num_text)
             self._text = self.full.select(*self._text_slots, TEXT_GROUP)
+            self._text.masks = self._text_masks
         return self._text
 
     def full_stream(self) -> TokenStream:

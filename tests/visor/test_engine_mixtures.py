@@ -112,6 +112,34 @@ def test_beams_equal_beams_without_cache(modes, keep):
     assert torch.equal(cached.sequences, recomputed.sequences)
 
 
+@pytest.mark.parametrize("modes, keep", [("tcsctc", {}), ("ssssss", {2: 0.5}), ("tsctcs", {2: 0.5})])
+def test_right_padding_equals_left_padding(modes, keep):
+    model = model_of("llava_onevision")
+    left = make_prompt(model, 3)
+    lengths = left["attention_mask"].sum(1).tolist()
+    shift = lambda x: torch.stack([row.roll(n) for row, n in zip(x, lengths, strict=True)])
+    right = {**left, "input_ids": shift(left["input_ids"]), "attention_mask": shift(left["attention_mask"])}
+    assert right["attention_mask"][:, 0].all() and not right["attention_mask"][:, -1].all()
+    plan = schedules(modes, visual_counts(left), (1.0, 0.6, 0.3), keep=keep, positions="contiguous")
+    with running(model, plan), torch.no_grad():
+        expected, kept = model(**left).logits[:, -1], model.get_decoder().last_kept
+        found = model(**right).logits
+    last = torch.stack([row[n - 1] for row, n in zip(found, lengths, strict=True)])
+    assert (last - expected).abs().max() < TOLERANCE
+    assert all(map(torch.equal, kept, model.get_decoder().last_kept))
+
+
+def test_image_token_ids_without_images_are_text():
+    """A model may generate one; and a later turn repeats those of the first."""
+    model = model_of("llava")
+    prompt = make_prompt(model, 2, no_image=(0, 1))
+    prompt["input_ids"][:, -3] = model.config.image_token_id
+    with torch.no_grad():
+        expected = model(**prompt).logits
+        with running(model, schedules("tcstct", [16, 16])):
+            assert torch.equal(model(**prompt).logits, expected)
+
+
 @pytest.mark.parametrize("modes, keep", [("tcsctc", {}), ("ssssss", {2: 0.5})])
 def test_prompt_lookup_equals_greedy(modes, keep):
     """Prompt lookup feeds several tokens at once and crops the rejected ones from the cache."""
