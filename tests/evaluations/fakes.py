@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,8 +73,15 @@ def make_task(name: str, num_samples: int = 10, questions_an_image: int = 2, max
     )  # fmt: skip
 
 
-for each in ("fake_a", "fake_b"):
-    TASKS.register(each)(make_task(each))
+@contextmanager
+def fake_tasks():
+    """The tasks fake_a and fake_b exist within it, and no longer: other tests go through all tasks there are."""
+    TASKS.names()  # a registry is filled when first asked
+    for name in ("fake_a", "fake_b"):
+        TASKS.register(name)(make_task(name))
+    yield
+    for name in ("fake_a", "fake_b"):
+        del TASKS._objects[name]
 
 
 class FakeModel:
@@ -150,5 +158,6 @@ def make_config(
 if __name__ == "__main__":
     from evaluations.run import execute
 
-    config = make_config(Path(sys.argv[1]), methods=sys.argv[3].split(","))
-    sys.exit(execute(config, "fakes.py", report=False, load=lambda _: FakeModel(float(sys.argv[2]))))
+    with fake_tasks():
+        config = make_config(Path(sys.argv[1]), methods=sys.argv[3].split(","))
+        sys.exit(execute(config, "fakes.py", report=False, load=lambda _: FakeModel(float(sys.argv[2]))))

@@ -22,6 +22,7 @@ from evaluations.measure import (
 from evaluations.records import RunFolder
 from evaluations.suite import TimingPlan
 
+pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 PLAN = TimingPlan(num_samples=2, throughput_batch=3, new_tokens=5, min_runs=4, min_seconds=0, max_runs=4)
 
 

@@ -16,6 +16,7 @@ from evaluations.cells import Lengths, Planner, make_batches, make_plan, plan_ta
 from evaluations.records import RunFolder, unpack_bits
 from evaluations.run import execute
 
+pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 FAKES = Path(__file__).parent / "fakes.py"
 
 
@@ -36,7 +37,7 @@ def contents(out):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(with_fake_tasks, tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
     assert run(make_config(out))[0] == 0
     return out
