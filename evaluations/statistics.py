@@ -212,11 +212,13 @@ def sign_flip_test(cluster_differences: Sequence[float], num_resamples: int = 10
         patterns = (np.arange(2**differences.size)[:, None] >> np.arange(differences.size)) & 1
         sums = (1 - 2 * patterns) @ differences
         return float((np.abs(sums) >= observed - tolerance).mean())
+    # Equal magnitudes flip like coins: of k equal ones, Binomial(k, 1/2) stay positive. A few draws replace thousands.
+    magnitudes, counts = np.unique(np.round(np.abs(differences), 12), return_counts=True)
     random, exceed, done = np.random.default_rng(seed), 0, 0
     while done < num_resamples:  # in blocks, so that memory does not grow with the number of images
         block = min(1000, num_resamples - done)
-        signs = 1 - 2 * random.integers(0, 2, size=(block, differences.size), dtype=np.int8)
-        exceed += int((np.abs(signs @ differences) >= observed - tolerance).sum())
+        positive = random.binomial(counts, 0.5, size=(block, counts.size))
+        exceed += int((np.abs((2 * positive - counts) @ magnitudes) >= observed - 1e-9).sum())
         done += block
     return (1 + exceed) / (1 + num_resamples)
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0, or 2 with a message if the folder cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m reports", description="Build report.html and its tables from a run folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m reports", description="Build report.html and its tables from a run folder."
+    )
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="a folder written by python -m evaluations.run")
     options = parser.parse_args(arguments)
     from reports.build import build  # after parsing: matplotlib and pandas take a second

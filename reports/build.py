@@ -21,7 +21,7 @@ from evaluations.records import NUM_EXPLORER_SAMPLES, write_bytes_atomically
 from reports import explorer, latex, results, tables
 from reports.comparisons import ALPHA, MARGIN, Analysis, analyse
 from reports.data import Run, load
-from reports.figures import all_figures
+from reports.figures_compute import all_figures
 from reports.plotting import Drawing
 from reports.policy import choices
 from reports.style import PALETTE, method_style, size
@@ -110,9 +110,13 @@ def swatch(method: str) -> Markup:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         keep_trailing_newline=True,
-    )  # fmt: skip
+    )
     colour = lambda method: method_style(method).colour
     environment.filters |= {"css_name": css_name, "swatch": swatch, "size": size, "colour": colour}
     return environment
@@ -126,15 +130,20 @@ def _downloads(analysis: Analysis, document: dict) -> tuple[list[Download], str]
     """The carried files, and a remark on what was too large."""
     samples = results.samples_csv_gz(analysis)
     files = [
-        _download("results.json", "All cells with intervals and reasons", "application/json", results.results_json(document).encode()),
+        _download(
+            "results.json",
+            "All cells with intervals and reasons",
+            "application/json",
+            results.results_json(document).encode(),
+        ),
         _download("cells.csv", "The same as a table", "text/csv", results.cells_csv(document).encode()),
         _download("table.tex", "Main table, booktabs", "text/x-tex", latex.latex_table(analysis).encode()),
         _download("references.bib", "BibTeX", "text/x-bibtex", latex.bibtex(analysis).encode()),
-    ]  # fmt: skip
+    ]
     if len(samples) <= SAMPLES_BYTES:
         files.insert(2, _download("samples.csv.gz", "Every answer and score", "application/gzip", samples))
         return files, "Beside this file: samples.parquet (every record) and figures/ (SVG, PDF, PNG)."
-    remark = f"The table of all answers ({size(len(samples))} compressed) is not carried here: see samples.parquet beside this file."
+    remark = f"The table of all answers ({size(len(samples))} compressed) is not carried here: see samples.parquet."
     return files, remark + " Figures are in figures/ (SVG, PDF, PNG)."
 
 
@@ -199,7 +208,8 @@ def _lengths(run: Run) -> str:
     if not len(rows) or rows.num_visual.isna().all():
         return "not recorded"
     return (
-        f"N_v = {rows.num_visual.mean():.0f} visual tokens at full size, N_t = {rows.num_text.mean():.1f} text tokens a sample (means)"
+        f"N_v = {rows.num_visual.mean():.0f} visual tokens at full size, "
+        f"N_t = {rows.num_text.mean():.1f} text tokens a sample (means)"
     )
 
 

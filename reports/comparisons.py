@@ -113,9 +113,16 @@ def analyse(run: Run) -> Analysis:
     groups = _groups(run)
     task_costs, costs = _costs(run)
     return Analysis(
-        run, intervals, _against_dense(run, compare), groups, _marks(groups, intervals, compare, run),
-        _matrices(run, groups, compare), costs, task_costs, _frontier(run, tables, intervals, costs),
-    )  # fmt: skip
+        run,
+        intervals,
+        _against_dense(run, compare),
+        groups,
+        _marks(groups, intervals, compare, run),
+        _matrices(run, groups, compare),
+        costs,
+        task_costs,
+        _frontier(run, tables, intervals, costs),
+    )
 
 
 class _Comparer:
@@ -221,10 +228,17 @@ def _costs(run: Run) -> tuple[dict[tuple[str, str], Costs], dict[str, Costs]]:
             if (setting.id, task.name) in means.index:
                 row = {k: None if np.isnan(v) else float(v) for k, v in means.loc[(setting.id, task.name)].items()}
                 flops, dense = row["decoder_flops"], row["dense_decoder_flops"]
-                cells.append(Costs(
-                    flops, flops / dense if flops is not None and dense else None, row["kv_bytes"],
-                    row["visual_tokens_mean"], row["num_visual"], row["num_text"], **timed,
-                ))  # fmt: skip
+                cells.append(
+                    Costs(
+                        flops,
+                        flops / dense if flops is not None and dense else None,
+                        row["kv_bytes"],
+                        row["visual_tokens_mean"],
+                        row["num_visual"],
+                        row["num_text"],
+                        **timed,
+                    )
+                )
                 per_cell[setting.id, task.name] = cells[-1]
         whole = ("decoder_flops", "flops_relative", "kv_bytes", "visual_tokens", "num_visual", "num_text")
         complete = len(cells) == len(run.tasks)
@@ -240,9 +254,11 @@ def _timed(run: Run, setting: str) -> dict:
     """Medians over the runs at batch 1, and the reason for each figure that is missing."""
     rows = [t for t in run.timings if t.setting_id == setting and t.batch_size == 1]
     fields = {
-        "prefill_ms": "prefill_ms", "decode_ms": "decode_ms_per_token", "end_to_end_ms": "end_to_end_ms",
+        "prefill_ms": "prefill_ms",
+        "decode_ms": "decode_ms_per_token",
+        "end_to_end_ms": "end_to_end_ms",
         "tower_ms": "tower_ms",
-    }  # fmt: skip
+    }
     reasons = {name: reason for row in rows for name, reason in row.not_measured.items()}
     timed: dict = {"not_measured": reasons}
     for name, column in fields.items():
@@ -258,10 +274,12 @@ def _timed(run: Run, setting: str) -> dict:
 
 
 def _frontier(run: Run, tables, intervals, costs: dict[str, Costs]) -> dict[str, tuple[bool, float]]:
-    """Exact accuracy-FLOPs frontier of the averages; the probability resamples images jointly over settings."""
+    """Exact accuracy-FLOPs frontier of the averages, oracles left out; images are resampled jointly over settings."""
     ids = [
-        s.id for s in run.settings if (s.id, AVERAGE) in intervals and costs[s.id].flops_relative is not None
-    ]  # fmt: skip
+        s.id
+        for s in run.settings
+        if (s.id, AVERAGE) in intervals and costs[s.id].flops_relative is not None and not s.is_oracle
+    ]
     if not ids:
         return {}
     accuracy = np.array([intervals[i, AVERAGE].estimate for i in ids])

@@ -17,9 +17,17 @@ from evaluations.records import Manifest, RunFolder, SampleRecord, TimingRecord
 from reports.style import method_rank
 
 FLOPS_PARTS = (
-    "decoder_projections", "decoder_attention", "decoder_mlp", "cross_projections", "cross_attention", "scoring",
-    "router", "tower", "projector", "lm_head",
-)  # fmt: skip
+    "decoder_projections",
+    "decoder_attention",
+    "decoder_mlp",
+    "cross_projections",
+    "cross_attention",
+    "scoring",
+    "router",
+    "tower",
+    "projector",
+    "lm_head",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class Setting:
         return self.method == "dense"
 
     @property
+    def is_oracle(self) -> bool:
+        """An oracle knows the answers: a bound, never a rival."""
+        return self.policy == "oracle"
+
+    @property
     def dial(self) -> str:
         """What tells settings of one method apart, for a reader: "25 %", "router policy"."""
         if self.policy is not None:
@@ -53,7 +66,9 @@ class Setting:
     @property
     def label(self) -> str:
         """Title and dial."""
-        return f"{self.title} at {self.dial}" if self.policy is None and self.dial else f"{self.title} {self.dial}".strip()
+        return (
+            f"{self.title} at {self.dial}" if self.policy is None and self.dial else f"{self.title} {self.dial}".strip()
+        )
 
 
 @dataclass(frozen=True)
@@ -145,23 +160,33 @@ def load(path: str | Path) -> Run:
     metrics = {manifest.task: manifest.metric for manifest in shown.values()}
     tasks = [
         TaskInfo(
-            task["name"], task.get("title") or task["name"], task.get("metric") or metrics.get(task["name"], ""),
-            task.get("kind", ""), task.get("version"), task.get("num_samples"),
+            task["name"],
+            task.get("title") or task["name"],
+            task.get("metric") or metrics.get(task["name"], ""),
+            task.get("kind", ""),
+            task.get("version"),
+            task.get("num_samples"),
         )
         for task in suite_tasks
-    ]  # fmt: skip
+    ]
     settings = {}
     for manifest in shown.values():
-        settings.setdefault(manifest.setting_id, Setting(
-            manifest.setting_id, manifest.method, manifest.title or manifest.method, manifest.budget, manifest.policy,
-            manifest.trained, manifest.params,
-        ))  # fmt: skip
+        settings.setdefault(
+            manifest.setting_id,
+            Setting(
+                manifest.setting_id,
+                manifest.method,
+                manifest.title or manifest.method,
+                manifest.budget,
+                manifest.policy,
+                manifest.trained,
+                manifest.params,
+            ),
+        )
     order = lambda s: (method_rank(s.method), s.method, s.policy or "", -(s.budget or 0))
     ordered = sorted(settings.values(), key=order)
     timings = [record for record in folder.timings() if record.setting_id in settings]
-    return Run(
-        folder, run, ordered, tasks, shown, _samples(folder, shown), timings, len(manifests) - len(shown)
-    )
+    return Run(folder, run, ordered, tasks, shown, _samples(folder, shown), timings, len(manifests) - len(shown))
 
 
 def _samples(folder: RunFolder, shown: dict[tuple[str, str], Manifest]) -> pd.DataFrame:
@@ -178,7 +203,14 @@ def _samples(folder: RunFolder, shown: dict[tuple[str, str], Manifest]) -> pd.Da
     frame = pd.DataFrame(rows, columns=[*columns, *(f"flops_{part}" for part in FLOPS_PARTS)])
     for name in ("decoder_flops", "dense_decoder_flops", "kv_bytes", "num_text", "num_visual", "score"):
         frame[name] = frame[name].astype(float)
-    for name in ("kept", "configuration", "answer", "error", "grid", "visual_tokens"):  # pandas makes NaN of None in texts
+    for name in (
+        "kept",
+        "configuration",
+        "answer",
+        "error",
+        "grid",
+        "visual_tokens",
+    ):  # pandas makes NaN of None in texts
         column = frame[name].astype(object)
         frame[name] = column.where(column.notna(), None)
     frame["visual_tokens_mean"] = [float(np.mean(v)) if v else np.nan for v in frame.visual_tokens]

@@ -1,8 +1,8 @@
 """The sample explorer's data: pictures, questions, every method's answer, and which tokens it kept.
 
 Which samples are shown is a rule, not a choice: the first ones of each task by sample id, as the harness stored their
-images. A picture is carried once, reduced by nearest neighbour and to a few colours until it fits its share of the file;
-the tokens that a method dropped lie over it as a veil: a PNG of one pixel a token, a hundred bytes each.
+images. A picture is carried once, reduced by nearest neighbour and to a few colours until it fits its share of the
+file; the tokens that a method dropped lie over it as a veil: a PNG of one pixel a token, a hundred bytes each.
 """
 
 from __future__ import annotations
@@ -93,10 +93,21 @@ def cards(analysis: Analysis, per_task: int = NUM_EXPLORER_SAMPLES, picture_byte
                 else:
                     answers[group_of[setting.id]].append(answer)
             shown = pictures[first["image_id"]]
-            result.append(Card(
-                task.name, task.title, sample_id, first["question"], list(first["references"]), int(first["difficulty"]),
-                shown and shown[0], shown[1] if shown else 0, shown[2] if shown else 0, dense, answers,
-            ))  # fmt: skip
+            result.append(
+                Card(
+                    task.name,
+                    task.title,
+                    sample_id,
+                    first["question"],
+                    list(first["references"]),
+                    int(first["difficulty"]),
+                    shown and shown[0],
+                    shown[1] if shown else 0,
+                    shown[2] if shown else 0,
+                    dense,
+                    answers,
+                )
+            )
     return result
 
 
@@ -108,8 +119,8 @@ def _answer(setting: Setting, record: dict) -> Answer:
     tokens = ""
     if live and full == full:  # NaN where a failed sample has no count
         last = live[-1]
-        tokens = f"all {full:.0f} tokens" if min(live) >= full else f"{last} of {full:.0f} tokens"
-        tokens += "" if mask or min(live) >= full else ", no mask"
+        fewer = f"{last} of {full:.0f} tokens kept" if mask else f"{last} instead of {full:.0f} tokens"
+        tokens = f"all {full:.0f} tokens" if min(live) >= full else fewer
     if record["configuration"]:
         tokens += f", configuration {record['configuration']}"
     return Answer(setting, text, float(record["score"]), mask, tokens)

@@ -7,13 +7,25 @@ from reports.data import Setting
 from reports.style import percent
 
 _SPECIAL = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
 
 _VISOR = """@inproceedings{bulat2026visor,
-  title     = {{VISion On Request}: Enhanced {VLLM} efficiency with sparse, dynamically selected, vision-language interactions},
-  author    = {Bulat, Adrian and Baldrati, Alberto and Metaxas, Ioannis Maniadis and Ouali, Yassine and Tzimiropoulos, Georgios},
+  title     = {{VISion On Request}: Enhanced {VLLM} efficiency with sparse, dynamically selected,
+               vision-language interactions},
+  author    = {Bulat, Adrian and Baldrati, Alberto and Metaxas, Ioannis Maniadis and Ouali, Yassine and
+               Tzimiropoulos, Georgios},
   booktitle = {CVPR},
   year      = {2026},
   note      = {arXiv:2603.23495},
@@ -21,7 +33,12 @@ _VISOR = """@inproceedings{bulat2026visor,
 """
 _PAPERS = {  # method: (key, title, arXiv id, year)
     "fastv": ("fastv", "An Image is Worth 1/2 Tokens After Layer 2", "2403.06764", 2024),
-    "visionzip": ("visionzip", "{VisionZip}: Longer is Better but Not Necessary in Vision Language Models", "2412.04467", 2024),
+    "visionzip": (
+        "visionzip",
+        "{VisionZip}: Longer is Better but Not Necessary in Vision Language Models",
+        "2412.04467",
+        2024,
+    ),
     "pyramiddrop": ("pyramiddrop", "{PyramidDrop}: Accelerating Your Large Vision-Language Models", "2410.17247", 2024),
     "m3": ("m3", "Matryoshka Multimodal Models", "2405.17430", 2024),
 }
@@ -47,10 +64,13 @@ def latex_table(analysis: Analysis) -> str:
     heads = [escape(task.title) for task in run.tasks]
     lines = [
         r"% Needs \usepackage{booktabs}.",
-        r"\begin{table}[t]", r"\centering", r"\small",
-        r"\begin{tabular}{l" + "r" * (len(heads) + 2) + "}", r"\toprule",
+        r"\begin{table}[t]",
+        r"\centering",
+        r"\small",
+        r"\begin{tabular}{l" + "r" * (len(heads) + 2) + "}",
+        r"\toprule",
         " & ".join(["Method", r"FLOPs (\%)", *heads, "Average"]) + r" \\",
-    ]  # fmt: skip
+    ]
     groups = [("Reference", [run.dense])] if run.dense else []
     groups += [(group.title, list(group.settings)) for group in analysis.groups]
     for title, settings in groups:
@@ -63,9 +83,9 @@ def latex_table(analysis: Analysis) -> str:
             cells += [_cell(analysis, setting, task) for task in (*(t.name for t in run.tasks), AVERAGE)]
             lines.append(" & ".join(cells) + r" \\")
     caption = (
-        f"Accuracy in \\% on suite {escape(str(run.run.get('suite', {}).get('name', '')))}, with half the width of the 95\\% "
-        "confidence interval. FLOPs: decoder prefill relative to dense. Bold: best at its budget; underlined: not significantly "
-        r"different from it (paired test, Holm, $\alpha=0.05$). $^\dagger$ trained for it."
+        f"Accuracy in \\% on suite {escape(str(run.run.get('suite', {}).get('name', '')))}, with half the width of the "
+        r"95\% confidence interval. FLOPs: decoder prefill relative to dense. Bold: best at its budget; underlined: "
+        r"not significantly different from it (paired test, Holm, $\alpha=0.05$). $^\dagger$ trained for it."
     )
     if run.limit is not None:
         caption += rf" \textbf{{Subset: --limit {run.limit}; not for comparison.}}"
@@ -81,6 +101,8 @@ def bibtex(analysis: Analysis) -> str:
     for method in dict.fromkeys(setting.method for setting in analysis.run.settings):
         if method in _PAPERS:
             key, title, arxiv, year = _PAPERS[method]
-            entries.append(f"@misc{{{key}{year},\n  title  = {{{title}}},\n  year   = {{{year}}},\n  eprint = {{{arxiv}}},\n"
-                           "  archivePrefix = {arXiv},\n}\n")  # fmt: skip
+            entries.append(
+                f"@misc{{{key}{year},\n  title  = {{{title}}},\n  year   = {{{year}}},\n  eprint = {{{arxiv}}},\n"
+                "  archivePrefix = {arXiv},\n}\n"
+            )
     return "\n".join(entries)

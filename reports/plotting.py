@@ -23,16 +23,42 @@ from reports.style import PALETTE
 
 INK, MUTED, GRID, SURFACE, BAND = (PALETTE[name][0] for name in ("ink", "muted", "grid", "surface", "band"))
 RC = {
-    "svg.fonttype": "none", "svg.hashsalt": "visor", "pdf.fonttype": 42, "path.simplify": False,
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 8.5,
-    "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 8.5,
-    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7, "axes.axisbelow": True,
-    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.facecolor": "none", "figure.facecolor": SURFACE,
-    "savefig.facecolor": SURFACE, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK, "xtick.major.size": 3, "ytick.major.size": 0, "legend.frameon": False,
-    "legend.fontsize": 8.5, "lines.solid_capstyle": "round", "hatch.linewidth": 0.6,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "visor",
+    "pdf.fonttype": 42,
+    "path.simplify": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.facecolor": "none",
+    "figure.facecolor": SURFACE,
+    "savefig.facecolor": SURFACE,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.solid_capstyle": "round",
+    "hatch.linewidth": 0.6,
+}
 LEGEND_INCHES = 0.38  # strip at the foot of a figure that the page cuts off, having a legend of its own
 
 
@@ -87,11 +113,23 @@ def finish(figure: Figure, name: str, title: str, caption: str, watermark: str =
     """
     if watermark:
         figure.text(
-            0.5, 0.5, plain(watermark), rotation=18, ha="center", va="center", fontsize=30, weight="bold", color=MUTED,
-            alpha=0.22, zorder=10,
-        )  # fmt: skip
+            0.5,
+            0.5,
+            plain(watermark),
+            rotation=18,
+            ha="center",
+            va="center",
+            fontsize=30,
+            weight="bold",
+            color=MUTED,
+            alpha=0.22,
+            zorder=10,
+        )
     files = {}
-    metadata = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
+    metadata = {
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
     metadata["png"] = {"Software": None}
     for suffix in ("svg", "pdf", "png"):
         buffer = io.BytesIO()

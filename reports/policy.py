@@ -1,4 +1,4 @@
-"""What a policy chose: shares of the configurations per task and difficulty, and its confusion with the oracle's choice."""
+"""What a policy chose: shares of configurations per task and difficulty, and confusion with the oracle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Choice:
     Args:
         configurations: all that any policy of the run chose, cheapest first.
         rows: all samples, then by task, then by difficulty.
-        confusion: (oracle's choice, this choice) -> share of the samples on which both exist; empty for the oracle itself.
+        confusion: (oracle's choice, this choice) -> share of the samples that have both; empty for the oracle itself.
         num_confusion: how many samples those are.
     """
 
@@ -60,7 +60,12 @@ def choices(run: Run) -> list[Choice]:
         confusion, count = {}, 0
         oracle = next((o for o in oracles if o.method == setting.method and o.id != setting.id), None)
         if oracle is not None:
-            both = keyed[oracle.id].configuration.rename("label").to_frame().join(keyed[setting.id].configuration, how="inner")
+            both = (
+                keyed[oracle.id]
+                .configuration.rename("label")
+                .to_frame()
+                .join(keyed[setting.id].configuration, how="inner")
+            )
             count = len(both)
             pairs = both.value_counts(["label", "configuration"], sort=False)
             confusion = {pair: number / count for pair, number in pairs.items()}

@@ -74,15 +74,18 @@ def why_missing(analysis: Analysis, setting: Setting, task: str) -> tuple[str, s
 def _cell(analysis: Analysis, setting: Setting, task: str) -> dict[str, Any]:
     run = analysis.run
     interval: Interval | None = analysis.intervals.get((setting.id, task))
-    costs = (analysis.costs.get(setting.id) if task == AVERAGE else analysis.task_costs.get((setting.id, task))) or Costs()
+    costs = (
+        analysis.costs.get(setting.id) if task == AVERAGE else analysis.task_costs.get((setting.id, task))
+    ) or Costs()
     status, error = why_missing(analysis, setting, task)
     metric = next((t.metric for t in run.tasks if t.name == task), None)
     manifests = [run.manifests.get((setting.id, name)) for name in (_tasks(analysis) if task == AVERAGE else [task])]
     tested = analysis.against_dense.get((setting.id, task))
     medians = {
-        "prefill_ms_median": costs.prefill_ms, "decode_ms_per_token_median": costs.decode_ms,
+        "prefill_ms_median": costs.prefill_ms,
+        "decode_ms_per_token_median": costs.decode_ms,
         "end_to_end_ms_median": costs.end_to_end_ms,
-    }  # fmt: skip
+    }
     cell: dict[str, Any] = {
         "method": setting.method,
         "budget": setting.budget,
@@ -153,7 +156,9 @@ def samples_table(analysis: Analysis) -> pd.DataFrame:
     first = ["setting_id", "method", "budget", "policy", "task", "sample_id"]
     rows = rows[first + [c for c in rows.columns if c not in first]]
     order = {s: place for place, s in enumerate(names)}
-    return rows.sort_values(["task", "sample_id", "setting_id"], key=lambda c: c.map(order) if c.name == "setting_id" else c)
+    return rows.sort_values(
+        ["task", "sample_id", "setting_id"], key=lambda c: c.map(order) if c.name == "setting_id" else c
+    )
 
 
 def samples_csv_gz(analysis: Analysis) -> bytes:
@@ -161,7 +166,11 @@ def samples_csv_gz(analysis: Analysis) -> bytes:
     table = samples_table(analysis)
     parts = [f"flops_{part}" for part in FLOPS_PARTS]
     drop = ["kept", "visual_tokens", "grid", "question", *parts]
-    text = table.drop(columns=drop).assign(references=table.references.map(json.dumps)).to_csv(index=False, lineterminator="\n")
+    text = (
+        table.drop(columns=drop)
+        .assign(references=table.references.map(json.dumps))
+        .to_csv(index=False, lineterminator="\n")
+    )
     return gzip.compress(text.encode(), compresslevel=9, mtime=0)
 
 

@@ -115,21 +115,22 @@ def significant(value: float, digits: int = 3) -> str:
     return signed_minus(f"{value:,.{decimals}f}")
 
 
-def _scaled(value: float, base: float, units: tuple[str, ...]) -> str:
-    power = 0
-    while abs(value) >= base and power < len(units) - 1:
-        value, power = value / base, power + 1
-    return f"{significant(value)} {units[power]}"
+def _scaled(value: float, largest: float | None, base: float, units: tuple[str, ...]) -> str:
+    """In the unit that suits `largest`, so that a column has one unit."""
+    power, largest = 0, value if largest is None else largest
+    while abs(largest) >= base and power < len(units) - 1:
+        value, largest, power = value / base, largest / base, power + 1
+    return f"{significant(value)}\u00a0{units[power]}"
 
 
-def flops(value: float) -> str:
+def flops(value: float, largest: float | None = None) -> str:
     """FLOPs (2 x MACs) with their prefix: "1.30 GFLOPs"."""
-    return _scaled(value, 1000, ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"))
+    return _scaled(value, largest, 1000, ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"))
 
 
-def size(value: float) -> str:
+def size(value: float, largest: float | None = None) -> str:
     """Bytes with their binary prefix: "1.72 MiB"."""
-    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return _scaled(value, largest, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def p_value(value: float) -> str:

@@ -65,6 +65,17 @@ class Table:
     columns: list[Column]
     groups: list[RowGroup] = field(default_factory=list)
 
+    @property
+    def not_measured(self) -> list[str]:
+        """Every reason for a missing figure, with its column, once."""
+        found = {}
+        for group in self.groups:
+            for row in group.rows:
+                for column, cell in zip(self.columns, row.cells, strict=True):
+                    if cell.tone == "missing" and cell.note:
+                        found.setdefault(f"{column.title} \u2013 {cell.note}")
+        return list(found)
+
 
 def _grouped(analysis: Analysis, columns: list[Column], make) -> Table:
     """Dense first, then the comparison groups; `make(setting)` gives a row's cells."""
@@ -79,7 +90,7 @@ def missing(analysis: Analysis, setting: Setting, task: str) -> TableCell:
     """The cell of a score that does not exist, with the reason."""
     status, reason = why_missing(analysis, setting, task)
     text = "failed" if status == "failed" else "not measured"
-    return TableCell(text, "hover for why", tone="missing", note=reason or "no sample has a score")
+    return TableCell(text, tone="missing", note=reason or "no sample has a score")
 
 
 def _shared_n(analysis: Analysis, task: str) -> int | None:
@@ -105,7 +116,7 @@ def _against_dense(tested: Tested | None, is_dense: bool) -> TableCell:
         return TableCell("reference" if is_dense else "not measured", tone="missing" if not is_dense else "quiet")
     c = tested.comparison
     sign, words = VERDICTS[tested.verdict]
-    note = f"{c.test}, {p_value(tested.adjusted)} after Holm; 95 % CI {points(c.low)} to {points(c.high)}; n = {c.num_samples:,}"
+    note = f"{c.test}, {p_value(tested.adjusted)} after Holm; n = {c.num_samples:,}"
     sub = f"{points(c.low)} \u2013 {points(c.high)}".replace(" \u2013 ", " to ")
     return TableCell(points(c.difference), f"{sub} \u00b7 {sign} {words}", c.difference, tone=tested.verdict, note=note)
 
@@ -113,28 +124,34 @@ def _against_dense(tested: Tested | None, is_dense: bool) -> TableCell:
 def accuracy_table(analysis: Analysis) -> Table:
     """The main table: average, difference to dense, each task, frontier."""
     run = analysis.run
-    n = lambda task: (lambda number: f", n = {number:,}" if number else "")(_shared_n(analysis, task))
+    n = lambda task: (lambda number: f", n\u00a0=\u00a0{number:,}" if number else "")(_shared_n(analysis, task))
     columns = [
-        Column("Decoder FLOPs", "% of dense"), Column("Average", f"%{n(AVERAGE)}"), Column("To dense", "points, 95 % CI"),
+        Column("Decoder FLOPs", "% of dense"),
+        Column("Average", f"%{n(AVERAGE)}"),
+        Column("To dense", "points, 95 % CI"),
         *(Column(t.title, f"{t.metric.replace('_', ' ')}, %{n(t.name)}") for t in run.tasks),
         Column("On frontier", "bootstrap probability"),
-    ]  # fmt: skip
+    ]
+
+    largest = max((c.decoder_flops or 0 for c in analysis.costs.values()), default=0)
 
     def cells(setting: Setting) -> list[TableCell]:
         share = analysis.costs[setting.id].flops_relative
         row = [
-            TableCell(f"{100 * share:.3g}", flops(analysis.costs[setting.id].decoder_flops), share)
-            if share is not None else missing(analysis, setting, AVERAGE),
+            TableCell(f"{100 * share:.3g}", flops(analysis.costs[setting.id].decoder_flops, largest), share)
+            if share is not None
+            else missing(analysis, setting, AVERAGE),
             _score(analysis, setting, AVERAGE),
             _against_dense(analysis.against_dense.get((setting.id, AVERAGE)), setting.is_dense),
             *(_score(analysis, setting, task.name) for task in run.tasks),
-        ]  # fmt: skip
+        ]
         if setting.id in analysis.frontier:
             on, probability = analysis.frontier[setting.id]
             words = "\u25cf on it" if on else "\u25cb dominated"
             row.append(TableCell(f"{probability:.2f}", words, probability, tone="on" if on else "off"))
         else:
-            row.append(TableCell("not measured", tone="missing", note="needs the average and the FLOPs"))
+            bound = setting.is_oracle
+            row.append(TableCell("bound", tone="quiet") if bound else missing(analysis, setting, AVERAGE))
         return row
 
     return _grouped(analysis, columns, cells)
@@ -144,18 +161,26 @@ def _median(interval: Interval | None, reason: str) -> TableCell:
     if interval is None:
         return TableCell("not measured", tone="missing", note=reason)
     sub = f"{significant(interval.low)} \u2013 {significant(interval.high)}"
-    return TableCell(significant(interval.estimate), sub, interval.estimate, note=f"n = {interval.num_samples} timing runs")
+    return TableCell(
+        significant(interval.estimate), sub, interval.estimate, note=f"n = {interval.num_samples} timing runs"
+    )
 
 
 def cost_table(analysis: Analysis) -> Table:
     """What each setting costs: counted and measured figures."""
     runs = {c.prefill_ms.num_samples for c in analysis.costs.values() if c.prefill_ms}
-    n = f", n = {runs.pop()} runs" if len(runs) == 1 else ""
+    n = f", n\u00a0=\u00a0{runs.pop()}\u00a0runs" if len(runs) == 1 else ""
+    largest = lambda name: max((getattr(c, name) or 0 for c in analysis.costs.values()), default=0)
     columns = [
-        Column("Decoder FLOPs", "prefill, a sample"), Column("Visual tokens", "mean over layers"),
-        Column("KV cache", "a sample"), Column("Vision tower", f"median ms{n}"), Column("Prefill", f"median ms{n}"),
-        Column("Decode", f"median ms a token{n}"), Column("End to end", f"median ms{n}"), Column("Peak memory", "largest run"),
-    ]  # fmt: skip
+        Column("Decoder FLOPs", "prefill, a sample"),
+        Column("Visual tokens", "mean over layers"),
+        Column("KV cache", "a sample"),
+        Column("Vision tower", f"median ms{n}"),
+        Column("Prefill", f"median ms{n}"),
+        Column("Decode", f"median ms a token{n}"),
+        Column("End to end", f"median ms{n}"),
+        Column("Peak memory", "largest run"),
+    ]
 
     def cells(setting: Setting) -> list[TableCell]:
         costs = analysis.costs[setting.id]
@@ -163,16 +188,23 @@ def cost_table(analysis: Analysis) -> Table:
         reason = lambda name: costs.not_measured.get(name, "no timing run")
         share = f"{100 * costs.flops_relative:.3g} % of dense" if costs.flops_relative is not None else ""
         return [
-            TableCell(flops(costs.decoder_flops), share, costs.decoder_flops) if costs.decoder_flops is not None else absent,
+            TableCell(flops(costs.decoder_flops, largest("decoder_flops")), share, costs.decoder_flops)
+            if costs.decoder_flops is not None
+            else absent,
             TableCell(significant(costs.visual_tokens), f"of {significant(costs.num_visual)}", costs.visual_tokens)
-            if costs.visual_tokens is not None and costs.num_visual is not None else absent,
-            TableCell(size(costs.kv_bytes), "", costs.kv_bytes) if costs.kv_bytes is not None else absent,
-            _median(costs.tower_ms, reason("tower_ms")), _median(costs.prefill_ms, reason("prefill_ms")),
-            _median(costs.decode_ms, reason("decode_ms_per_token")), _median(costs.end_to_end_ms, reason("end_to_end_ms")),
-            TableCell(size(costs.peak_memory_bytes), "", float(costs.peak_memory_bytes))
+            if costs.visual_tokens is not None and costs.num_visual is not None
+            else absent,
+            TableCell(size(costs.kv_bytes, largest("kv_bytes")), "", costs.kv_bytes)
+            if costs.kv_bytes is not None
+            else absent,
+            _median(costs.tower_ms, reason("tower_ms")),
+            _median(costs.prefill_ms, reason("prefill_ms")),
+            _median(costs.decode_ms, reason("decode_ms_per_token")),
+            _median(costs.end_to_end_ms, reason("end_to_end_ms")),
+            TableCell(size(costs.peak_memory_bytes, largest("peak_memory_bytes")), "", float(costs.peak_memory_bytes))
             if costs.peak_memory_bytes is not None
             else TableCell("not measured", tone="missing", note=reason("peak_memory_bytes")),
-        ]  # fmt: skip
+        ]
 
     return _grouped(analysis, columns, cells)
 
@@ -194,7 +226,9 @@ def matrices(analysis: Analysis) -> list[Matrix]:
         if not tests:
             continue
         known = {s.id for pair in tests for s in analysis.run.settings if s.id in pair}
-        settings = [s for s in ([analysis.run.dense] if analysis.run.dense else []) + list(group.settings) if s.id in known]
+        settings = [
+            s for s in ([analysis.run.dense] if analysis.run.dense else []) + list(group.settings) if s.id in known
+        ]
         cells = [[_pair(tests, row, column) for column in settings] for row in settings]
         result.append(Matrix(group.title, settings, cells))
     return result
@@ -212,8 +246,11 @@ def _pair(tests, row: Setting, column: Setting) -> TableCell:
     clear = tested.adjusted < ALPHA
     tone = ("plus" if sign * c.difference > 0 else "minus") if clear else "unclear"
     note = (
-        f"{row.label} minus {column.label}: {points(sign * c.difference)} points, 95 % CI {points(low)} to {points(high)}, "
+        f"{row.label} minus {column.label}: {points(sign * c.difference)} points, "
+        f"95 % CI {points(low)} to {points(high)}, "
         f"{p_value(tested.adjusted)} after Holm, {c.test}, n = {c.num_samples:,}"
     )
     sub = p_value(tested.adjusted).replace("p = ", "").replace("p < ", "< ")
-    return TableCell(points(sign * c.difference) + ("*" if clear else ""), sub, sign * c.difference, tone=tone, note=note)
+    return TableCell(
+        points(sign * c.difference) + ("*" if clear else ""), sub, sign * c.difference, tone=tone, note=note
+    )

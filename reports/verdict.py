@@ -31,10 +31,15 @@ def _within(analysis: Analysis) -> list[Setting]:
     for setting in analysis.run.settings:
         tested = analysis.against_dense.get((setting.id, AVERAGE))
         cost = analysis.costs[setting.id].flops_relative
-        oracle = setting.policy == "oracle"  # it knows the answers: a bound, not a method
+        oracle = setting.is_oracle  # it knows the answers: a bound, not a method
         if tested and cost is not None and cost < 1 and not oracle and tested.verdict in ("within", "better"):
             good.append((cost, setting.id, setting))
     return [setting for _, _, setting in sorted(good, key=lambda each: each[:2])]
+
+
+def name(setting: Setting) -> str:
+    """Title, with the policy; the budget is said as a share of FLOPs wherever a setting is named here."""
+    return setting.label if setting.policy else setting.title
 
 
 def _share(analysis: Analysis, setting: Setting) -> str:
@@ -43,7 +48,8 @@ def _share(analysis: Analysis, setting: Setting) -> str:
 
 def _difference(analysis: Analysis, setting: Setting) -> str:
     c = analysis.against_dense[setting.id, AVERAGE].comparison
-    return f"{points(c.difference)} points, 95 % CI {points(c.low)} to {points(c.high)}, n = {c.num_samples:,}"
+    interval = f"95\u00a0% CI {points(c.low)} to {points(c.high)}"
+    return f"{points(c.difference)} points, {interval}, n\u00a0=\u00a0{c.num_samples:,}"
 
 
 def verdict(analysis: Analysis) -> str:
@@ -59,16 +65,17 @@ def verdict(analysis: Analysis) -> str:
     if good:
         best = good[0]
         first = (
-            f"{best.label} is within {100 * MARGIN:g} point of dense on {tasks} at {_share(analysis, best)} of its decoder FLOPs "
+            f"{name(best)} is within {100 * MARGIN:g} point of dense on {tasks} "
+            f"at {_share(analysis, best)} of its decoder FLOPs "
             f"({_difference(analysis, best)})."
         )
     else:
-        candidates = [s for s in tested if s.policy != "oracle"] or tested
+        candidates = [s for s in tested if not s.is_oracle] or tested
         best = max(candidates, key=lambda s: (analysis.against_dense[s.id, AVERAGE].comparison.difference, s.id))
         first = f"No setting is shown to be within {100 * MARGIN:g} point of dense on {tasks}."
         if analysis.costs[best.id].flops_relative is not None:
             first += (
-                f" The nearest is {best.label}, at {_share(analysis, best)} of dense decoder FLOPs "
+                f" The nearest is {name(best)}, at {_share(analysis, best)} of dense decoder FLOPs "
                 f"({_difference(analysis, best)})."
             )
     return first + _second(analysis, best)
@@ -87,7 +94,8 @@ def _second(analysis: Analysis, named: Setting) -> str:
     gap = f", {points(tested.comparison.difference)} points to dense" if tested else ""
     rivals = [s.title for s in group.settings if analysis.marks.get((s.id, AVERAGE)) == "tied"]
     tie = f" (not significantly different: {', '.join(rivals)})" if rivals else ""
-    return f" At a budget of {100 * group.budget:.3g} % the best is {winner.title} with {_score(analysis.average(winner))}{gap}{tie}."
+    score = _score(analysis.average(winner))
+    return f" At a budget of {100 * group.budget:.3g} % the best is {winner.title} with {score}{gap}{tie}."
 
 
 def _score(interval: Interval) -> str:
@@ -99,13 +107,27 @@ def tiles(analysis: Analysis) -> list[Tile]:
     run, result = analysis.run, []
     dense = analysis.average(run.dense) if run.dense else None
     if dense:
-        result.append(Tile("Dense reference", percent(dense.estimate), "% average score",
-                           f"95 % CI {percent(dense.low)} to {percent(dense.high)}, n = {dense.num_samples:,}", "dense"))  # fmt: skip
+        result.append(
+            Tile(
+                "Dense reference",
+                percent(dense.estimate),
+                "% average score",
+                f"95\u00a0% CI {percent(dense.low)} to {percent(dense.high)}, n\u00a0=\u00a0{dense.num_samples:,}",
+                "dense",
+            )
+        )
     good = _within(analysis)
     if good:
         best = good[0]
-        result.append(Tile("Cheapest within 1 point", f"{100 * analysis.costs[best.id].flops_relative:.3g}",
-                           "% of dense decoder FLOPs", f"{best.label}: {_difference(analysis, best)}", best.method))  # fmt: skip
+        result.append(
+            Tile(
+                "Cheapest within 1 point",
+                f"{100 * analysis.costs[best.id].flops_relative:.3g}",
+                "% of dense decoder FLOPs",
+                f"{name(best)}: {_difference(analysis, best)}",
+                best.method,
+            )
+        )
         result.append(_speed_tile(analysis, best))
     elif dense and analysis.against_dense:
         result.append(Tile("Cheapest within 1 point", "none", "", "no setting is shown to be within 1 point of dense"))
@@ -114,9 +136,16 @@ def tiles(analysis: Analysis) -> list[Tile]:
         winner = next((s for s in shared[-1].settings if analysis.marks.get((s.id, AVERAGE)) == "best"), None)
         if winner:
             i = analysis.average(winner)
-            result.append(Tile(f"Best at {100 * shared[-1].budget:.3g} % of FLOPs", percent(i.estimate), "% average score",
-                               f"{winner.title}: 95 % CI {percent(i.low)} to {percent(i.high)}, n = {i.num_samples:,}",
-                               winner.method))  # fmt: skip
+            result.append(
+                Tile(
+                    f"Best at {100 * shared[-1].budget:.3g} % of FLOPs",
+                    percent(i.estimate),
+                    "% average score",
+                    f"{winner.title}: 95\u00a0% CI {percent(i.low)} to {percent(i.high)}, "
+                    f"n\u00a0=\u00a0{i.num_samples:,}",
+                    winner.method,
+                )
+            )
     failed = sum(m.status != "ok" for m in run.manifests.values())
     questions = sum(len(run.samples[run.samples.task == t.name].sample_id.unique()) for t in run.tasks)
     bad = sum(m.num_failed for m in run.manifests.values())
@@ -134,5 +163,7 @@ def _speed_tile(analysis: Analysis, setting: Setting) -> Tile:
         reasons = analysis.costs[setting.id].not_measured
         return Tile("Its prefill", "not measured", "", reasons.get("prefill_ms", "no timing run"), setting.method)
     detail = f"{significant(mine.estimate)} ms [{significant(mine.low)}, {significant(mine.high)}] against "
-    detail += f"{significant(dense.estimate)} ms, median, batch size 1, n = {mine.num_samples} runs"
-    return Tile("Its prefill", f"{dense.estimate / mine.estimate:.2f}", "times as fast as dense", detail, setting.method)
+    detail += f"{significant(dense.estimate)} ms, median, batch size 1, n\u00a0=\u00a0{mine.num_samples} runs"
+    return Tile(
+        "Its prefill", f"{dense.estimate / mine.estimate:.2f}", "times as fast as dense", detail, setting.method
+    )

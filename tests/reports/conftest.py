@@ -56,7 +56,13 @@ def write_run_folder(
         image_ids = [f"{task}{i:03d}" for i in range(num_images)]
         ability = random.beta(12, 1.0, num_images)
         questions = [
-            (image, q, f"{task}-{image:03d}-{q}", f"What is written in row {q + 1} of picture {image}?", f"{random.integers(100, 999)}")
+            (
+                image,
+                q,
+                f"{task}-{image:03d}-{q}",
+                f"What is written in row {q + 1} of picture {image}?",
+                f"{random.integers(100, 999)}",
+            )
             for image in range(num_images)
             for q in range(questions_per_image)
         ]
@@ -79,12 +85,24 @@ def write_run_folder(
             key = f"{identity}-{task}".replace("@", "-").replace(":", "-")
             keys.append(key)
             common = dict(
-                key=key, method=method, title=name, params={"keep": [14, 40]} if method != "dense" else {}, trained=trained,
-                budget=budget, policy=policy, suite="fine-grained", task=task, metric=metric, setting_id=identity, seconds=3.5,
+                key=key,
+                method=method,
+                title=name,
+                params={"keep": [14, 40]} if method != "dense" else {},
+                trained=trained,
+                budget=budget,
+                policy=policy,
+                suite="fine-grained",
+                task=task,
+                metric=metric,
+                setting_id=identity,
+                seconds=3.5,
             )
             if identity in failed:
                 folder.write_manifest(
-                    Manifest(**common, num_samples=0, num_failed=0, status="failed", error="RuntimeError: out of memory")
+                    Manifest(
+                        **common, num_samples=0, num_failed=0, status="failed", error="RuntimeError: out of memory"
+                    )
                 )
                 continue
             records = []
@@ -105,34 +123,70 @@ def write_run_folder(
                 flops = round(dense_flops * fraction)
                 records.append(
                     SampleRecord(
-                        sample_id=sample_id, image_id=image_ids[image], question=question, references=[reference], answer=answer,
-                        score=score, difficulty=1 + q, num_text=18 + number % 5, num_visual=num_visual, grid=[SIDE, SIDE],
-                        decoder_flops=flops, dense_decoder_flops=dense_flops, kv_bytes=round(1_800_000 * fraction),
+                        sample_id=sample_id,
+                        image_id=image_ids[image],
+                        question=question,
+                        references=[reference],
+                        answer=answer,
+                        score=score,
+                        difficulty=1 + q,
+                        num_text=18 + number % 5,
+                        num_visual=num_visual,
+                        grid=[SIDE, SIDE],
+                        decoder_flops=flops,
+                        dense_decoder_flops=dense_flops,
+                        kv_bytes=round(1_800_000 * fraction),
                         flops={
-                            "tower": 900_000_000, "projector": 40_000_000, "decoder_projections": round(flops * 0.4),
-                            "decoder_attention": round(flops * 0.1), "decoder_mlp": round(flops * 0.5), "cross_projections": 0,
-                            "cross_attention": 0, "scoring": 1_000_000 if has_mask else 0, "router": 0, "lm_head": 3_000_000,
+                            "tower": 900_000_000,
+                            "projector": 40_000_000,
+                            "decoder_projections": round(flops * 0.4),
+                            "decoder_attention": round(flops * 0.1),
+                            "decoder_mlp": round(flops * 0.5),
+                            "cross_projections": 0,
+                            "cross_attention": 0,
+                            "scoring": 1_000_000 if has_mask else 0,
+                            "router": 0,
+                            "lm_head": 3_000_000,
                         },
-                        visual_tokens=[num_visual] * 2 + [keep] * (LAYERS - 2) if method == "fastv" else [keep] * LAYERS,
-                        configuration=configuration, kept=pack_bits(mask) if has_mask else None,
+                        visual_tokens=[num_visual] * 2 + [keep] * (LAYERS - 2)
+                        if method == "fastv"
+                        else [keep] * LAYERS,
+                        configuration=configuration,
+                        kept=pack_bits(mask) if has_mask else None,
                     ).to_dict()
                 )
             folder.samples_file(key).append(records)
-            folder.write_manifest(
-                Manifest(**common, num_samples=len(records), num_failed=0, status="ok", error=None)
-            )
+            folder.write_manifest(Manifest(**common, num_samples=len(records), num_failed=0, status="ok", error=None))
             if timings and task == tasks[0]:
                 for batch_size in (1, 8):
                     for turn in range(8):
                         fraction = budget or 0.2
                         prefill = (4 + 30 * fraction) * batch_size * (1 + 0.05 * random.random())
-                        folder.timings_file.append([TimingRecord(
-                            setting_id=identity, method=method, budget=budget, policy=policy, batch_size=batch_size, round=turn,
-                            num_text=22, num_visual=num_visual, num_new_tokens=8, tower_ms=11.0 * batch_size, scoring_ms=None,
-                            prefill_ms=prefill, decode_ms_per_token=2.0 + 0.5 * fraction, end_to_end_ms=prefill + 30,
-                            cpu_prefill_ms=prefill * 1.9, peak_memory_bytes=None, peak_memory_without_weights_bytes=None,
-                            device="cpu", not_measured={"peak_memory_bytes": "a CPU process has no per-run peak"},
-                        ).to_dict()])
+                        folder.timings_file.append(
+                            [
+                                TimingRecord(
+                                    setting_id=identity,
+                                    method=method,
+                                    budget=budget,
+                                    policy=policy,
+                                    batch_size=batch_size,
+                                    round=turn,
+                                    num_text=22,
+                                    num_visual=num_visual,
+                                    num_new_tokens=8,
+                                    tower_ms=11.0 * batch_size,
+                                    scoring_ms=None,
+                                    prefill_ms=prefill,
+                                    decode_ms_per_token=2.0 + 0.5 * fraction,
+                                    end_to_end_ms=prefill + 30,
+                                    cpu_prefill_ms=prefill * 1.9,
+                                    peak_memory_bytes=None,
+                                    peak_memory_without_weights_bytes=None,
+                                    device="cpu",
+                                    not_measured={"peak_memory_bytes": "a CPU process has no per-run peak"},
+                                ).to_dict()
+                            ]
+                        )
     folder.write_run(
         {
             "created": "2026-01-02T03:04:05+00:00",
@@ -142,17 +196,36 @@ def write_run_folder(
                 "name": "fine-grained",
                 "title": "Fine-grained reading",
                 "tasks": [
-                    dict(name=t, title=TASKS[t][0], version=1, metric=TASKS[t][1], kind=TASKS[t][2],
-                         num_samples=num_images * questions_per_image)
+                    dict(
+                        name=t,
+                        title=TASKS[t][0],
+                        version=1,
+                        metric=TASKS[t][1],
+                        kind=TASKS[t][2],
+                        num_samples=num_images * questions_per_image,
+                    )
                     for t in tasks
                 ],
             },
             "provenance": {
-                "git_commit": "0123456789abcdef0123456789abcdef01234567", "git_dirty": False, "python": "3.11.2",
-                "packages": {"torch": "2.13.0", "transformers": "5.23.0"}, "platform": "Linux x86_64", "cpu": "2 cores",
-                "threads": 2, "device": "cpu", "dtype": "float32", "attention": "sdpa", "load_average": [0.4, 0.3, 0.2],
-                "checkpoint": {"name": "dense-tiny", "path": "visor/checkpoints/dense-tiny", "sha256": "ab" * 32,
-                               "trained": trained_checkpoint, "card": None},
+                "git_commit": "0123456789abcdef0123456789abcdef01234567",
+                "git_dirty": False,
+                "python": "3.11.2",
+                "packages": {"torch": "2.13.0", "transformers": "5.23.0"},
+                "platform": "Linux x86_64",
+                "cpu": "2 cores",
+                "threads": 2,
+                "device": "cpu",
+                "dtype": "float32",
+                "attention": "sdpa",
+                "load_average": [0.4, 0.3, 0.2],
+                "checkpoint": {
+                    "name": "dense-tiny",
+                    "path": "visor/checkpoints/dense-tiny",
+                    "sha256": "ab" * 32,
+                    "trained": trained_checkpoint,
+                    "card": None,
+                },
             },
             "limit": limit,
             "cells": keys,
@@ -175,6 +248,7 @@ def make_run_folder(tmp_path):
 
 if __name__ == "__main__":
     write_run_folder(
-        Path(sys.argv[1]), num_images=160,
+        Path(sys.argv[1]),
+        num_images=160,
         **({"methods": tuple(METHODS), "policies": ("router", "oracle", "random")} if "--full" in sys.argv else {}),
     )
