@@ -163,7 +163,7 @@ def _tooltip(setting: Setting, y: Interval, x_text: str) -> str:
 def _empty(axes, text: str) -> None:
     axes.text(0.5, 0.5, plain(text), transform=axes.transAxes, ha="center", va="center", color=MUTED, wrap=True)
     axes.set_xticks([])
-    axes.set_yticks([])
+    axes.grid(visible=False)  # the ticks stay: y axes are shared
 
 
 # -- accuracy against cost -----------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def finish(figure: Figure, name: str, title: str, caption: str, watermark: str =
         legend: whether the foot of the figure holds a legend strip that the page cuts off.
     """
     if watermark:
-        figure.text(
+        mark = figure.text(
             0.5,
             0.5,
             plain(watermark),
@@ -125,6 +125,7 @@ def finish(figure: Figure, name: str, title: str, caption: str, watermark: str =
             alpha=0.22,
             zorder=10,
         )
+        mark.set_gid("paper-only")
     files = {}
     metadata = {
         "svg": {"Date": None, "Creator": None},
@@ -152,6 +153,7 @@ def _for_page(svg: str, name: str, description: str, cut_inches: float) -> str:
     svg = opening + svg[svg.index(">") + 1 :]
     for variable, (light, _) in PALETTE.items():
         svg = re.sub(rf"{light}\b", f"var(--{variable})", svg, flags=re.I)
+    svg = svg.replace('<g id="paper-only">', '<g class="paper-only">')  # the page has a watermark of its own
     svg = re.sub(r'<g id="series--(.*?)--(.*?)---?\d+">', _group, svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # matplotlib's own group names repeat from figure to figure
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

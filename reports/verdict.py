@@ -57,6 +57,8 @@ def verdict(analysis: Analysis) -> str:
     run = analysis.run
     tasks = f"the average of {len(run.tasks)} tasks" if len(run.tasks) > 1 else run.tasks[0].title
     tested = [s for s in run.settings if (s.id, AVERAGE) in analysis.against_dense]
+    if run.untrained:
+        return "No verdict: the weights are untrained, so only costs and timings mean something."
     if run.dense is None or analysis.average(run.dense) is None:
         return f"No verdict: this run has no complete dense reference on {tasks}, so no method can be compared with it."
     if not tested:

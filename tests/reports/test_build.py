@@ -17,11 +17,9 @@ import pytest
 from reports.build import MAX_BYTES, build, css_name
 
 ROOT = Path(__file__).parents[2]
-FIELDS = (
-    "method budget policy suite task num_samples score score_low score_high metric decoder_flops flops_relative_to_dense "
-    "visual_tokens_mean kv_bytes prefill_ms_median decode_ms_per_token_median peak_memory_bytes trained status error "
-    "not_measured"
-).split()
+FIELDS = """method budget policy suite task num_samples score score_low score_high metric decoder_flops
+    flops_relative_to_dense visual_tokens_mean kv_bytes prefill_ms_median decode_ms_per_token_median peak_memory_bytes
+    trained status error not_measured""".split()
 
 
 class Page(HTMLParser):
@@ -142,7 +140,9 @@ def test_figures_follow_the_theme(html):
     assert 'data-method="fastv"' in svg and "<title>" in svg
 
 
-def test_same_records_same_bytes(built, run_folder, tmp_path):
+def test_same_records_same_bytes(make_run_folder, tmp_path):
+    run_folder = make_run_folder(methods=("dense", "fastv"), tasks=("forms",), budgets=(0.5, 0.25))
+    build(run_folder)
     copy = tmp_path / "elsewhere"
     shutil.copytree(
         run_folder, copy, ignore=shutil.ignore_patterns("report.html", "figures", "results.json", "cells.csv")
@@ -154,16 +154,19 @@ def test_same_records_same_bytes(built, run_folder, tmp_path):
 
 
 def test_subset_and_untrained_weights_are_marked(make_run_folder):
-    folder = make_run_folder(limit=20, trained_checkpoint=False, methods=("dense", "fastv"), tasks=("forms",))
+    folder = make_run_folder(
+        limit=20, trained_checkpoint=False, methods=("dense", "fastv"), tasks=("forms",), budgets=(0.5,)
+    )
     html = build(folder).read_text()
     assert html.count("SUBSET (--limit 20), UNTRAINED WEIGHTS") >= 2, "over the page and in the figures"
     assert "SUBSET" in (folder / "figures" / "pareto.svg").read_text()
+    assert "No verdict: the weights are untrained" in html
     document = json.loads((folder / "results.json").read_text())
     assert document["limit"] == 20 and document["untrained_weights"] is True
 
 
 def test_failed_cell_and_missing_timings_are_said(make_run_folder):
-    folder = make_run_folder(failed=("fastv@0.5",), timings=False, methods=("dense", "fastv", "pooling"))
+    folder = make_run_folder(failed=("fastv@0.5",), timings=False, methods=("dense", "fastv"), budgets=(0.5,))
     html = build(folder).read_text()
     assert "RuntimeError: out of memory" in html and "What failed" in html
     assert "Times were not measured" in html
@@ -175,19 +178,21 @@ def test_failed_cell_and_missing_timings_are_said(make_run_folder):
 
 
 def test_no_dense_reference(make_run_folder):
-    html = build(make_run_folder(methods=("fastv", "pooling"), tasks=("forms",))).read_text()
+    html = build(make_run_folder(methods=("fastv", "pooling"), tasks=("forms",), budgets=(0.5,))).read_text()
     assert "No verdict: this run has no complete dense reference" in html
 
 
 def test_policy_section_when_there_are_policies(make_run_folder):
-    folder = make_run_folder(methods=("dense", "visor", "fastv"), policies=("router", "oracle"), num_images=30)
+    folder = make_run_folder(
+        methods=("dense", "visor"), policies=("router", "oracle"), budgets=(0.5,), tasks=("forms",)
+    )
     html = build(folder).read_text()
     assert "What the policy chose" in html and "VISOR router policy against the oracle" in html
     assert (folder / "figures" / "policy.svg").exists()
-    build(make_run_folder(methods=("dense", "fastv"), num_images=8))
 
 
-def test_command_line(run_folder, built, tmp_path):
+def test_command_line(make_run_folder, tmp_path):
+    run_folder = make_run_folder(methods=("dense", "fastv"), tasks=("forms",), budgets=(0.5,))
     code = "import reports.__main__ as m, sys; s = m.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(s)"
     run = lambda path: subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, cwd=ROOT)
     done = run(run_folder)
