@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,9 +157,10 @@ def _context(analysis: Analysis, drawings: list[Drawing], document: dict) -> dic
     return {
         "run": run,
         "analysis": analysis,
-        "suite": run.run.get("suite", {}),
-        "provenance": run.run.get("provenance", {}),
-        "checkpoint": run.run.get("provenance", {}).get("checkpoint") or {},
+        "record": _optional(run.run),
+        "suite": _optional(run.run.get("suite")),
+        "provenance": _optional(run.run.get("provenance")),
+        "checkpoint": _optional(run.run.get("provenance", {}).get("checkpoint")),
         "verdict": verdict(analysis),
         "tiles": tiles(analysis),
         "watermark": watermark(run),
@@ -187,10 +189,18 @@ def _context(analysis: Analysis, drawings: list[Drawing], document: dict) -> dic
     }
 
 
+def _optional(entries: dict | None) -> dict:
+    """A part of run.json whose absent entries read as None: an older or foreign run may lack some."""
+    return defaultdict(lambda: None, entries or {})
+
+
 def _failures(analysis: Analysis) -> list[tuple[str, str, str]]:
-    """Failed cells with their errors, and cells with failed samples."""
+    """Settings that could not be run, failed cells with their errors, and cells with failed samples."""
     titles = {task.name: task.title for task in analysis.run.tasks}
-    found = []
+    found = [
+        (f"{entry['method']} at {entry['budget']}", "all tasks", f"not run, out of reach: {entry['reason']}")
+        for entry in analysis.run.run.get("unreachable", [])
+    ]
     for setting in analysis.run.settings:
         for task in titles:
             manifest = analysis.run.manifests.get((setting.id, task))

@@ -260,16 +260,18 @@ def _timed(run: Run, setting: str) -> dict:
         "tower_ms": "tower_ms",
     }
     reasons = {name: reason for row in rows for name, reason in row.not_measured.items()}
+    untimed = run.run.get("not_timed", {}).get(setting)
+    untimed = untimed and f"timing failed: {untimed}"
     timed: dict = {"not_measured": reasons}
     for name, column in fields.items():
         values = [getattr(row, column) for row in rows if getattr(row, column) is not None]
         timed[name] = statistics.median_interval(values) if values else None
         if not values:
-            reasons.setdefault(column, "no timing run at batch size 1 in this run folder")
+            reasons.setdefault(column, untimed or "no timing run at batch size 1 in this run folder")
     peaks = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
     timed["peak_memory_bytes"] = max(peaks) if peaks else None
     if not peaks:
-        reasons.setdefault("peak_memory_bytes", "no timing run recorded a peak")
+        reasons.setdefault("peak_memory_bytes", untimed or "no timing run recorded a peak")
     return timed
 
 

@@ -137,10 +137,12 @@ def _log_axis(axes, values: list[float], unit: str = "") -> None:
     low, high = min(values), max(values)
     axes.set_xscale("log")
     axes.set_xlim(low / 1.25, high * 1.25)
-    ticks = [
-        m * 10.0**e for e in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
-    ]
-    axes.xaxis.set_major_locator(FixedLocator([t for t in ticks if low / 1.25 <= t <= high * 1.25]))
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [m * 10.0**e for e in decades for m in steps if low / 1.25 <= m * 10.0**e <= high * 1.25]
+        if len(ticks) >= 3:
+            break
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
 

@@ -228,6 +228,8 @@ def write_run_folder(
                 },
             },
             "limit": limit,
+            "unreachable": [{"method": "hired", "budget": 0.01, "reason": "hired reaches 0.2 to 1"}] if failed else [],
+            "not_timed": {each: "RuntimeError: out of memory" for each in failed},
             "cells": keys,
         }
     )

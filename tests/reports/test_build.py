@@ -174,7 +174,17 @@ def test_failed_cell_and_missing_timings_are_said(make_run_folder):
     average = next(c for c in cells if (c["method"], c["budget"], c["task"]) == ("fastv", 0.5, "average"))
     assert average["status"] == "failed" and average["score"] is None
     assert "out of memory" in average["not_measured"]["score"]
-    assert average["not_measured"]["prefill_ms_median"].startswith("no timing run")
+    assert average["not_measured"]["prefill_ms_median"].startswith("timing failed: RuntimeError")
+    assert "hired reaches 0.2 to 1" in html
+    dense = next(c for c in cells if c["method"] == "dense")
+    assert dense["not_measured"]["prefill_ms_median"].startswith("no timing run")
+
+
+def test_sparse_run_json(make_run_folder):
+    """A run.json with nothing but its schema still gives a report."""
+    folder = make_run_folder(methods=("dense",), tasks=("forms",))
+    (folder / "run.json").write_text('{"schema_version": 1}')
+    assert "Dense alone was measured" in build(folder).read_text()
 
 
 def test_no_dense_reference(make_run_folder):
