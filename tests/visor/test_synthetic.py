@@ -63,8 +63,8 @@ def test_answers_stand_in_the_image(world):
 
 
 def test_size_grows_the_scene():
-    small, large = ([scene("forms", "train", i, size).difficulty for i in range(40)] for size in (0.0, 1.0))
-    assert max(small) == 1 and max(large) == 7
+    small, large = ([scene("glyphs", "train", i, size).difficulty for i in range(40)] for size in (0.0, 1.0))
+    assert max(small) == 2 and max(large) > 20
 
 
 def test_easy_vqa_labels_lie_on_the_shape():

@@ -13,21 +13,43 @@ FIELDS = (
     "FILE HALL ITEM LINE MAIL NOTE PAGE RANK SHIP TYPE USER WARD YEAR"
 ).split()
 PHRASINGS = ("what is the value of {}?", "what is written after {}?", "what is the {}?", "read the field {}.")
+SHORTEST = ("{}?",)  # of the smallest forms: more questions for the same tokens
 
 
-def _value(rng: np.random.Generator) -> str:
-    digits = "".join(pick(rng, DIGITS) for _ in range(int(rng.integers(2, 4))))
-    return digits if rng.random() < 0.7 else pick(rng, LETTERS) + digits[:2]
+def _field(rng: np.random.Generator, word: str, size: float) -> str:
+    """A field name: a word or a code of three letters; codes of one or two letters in the smallest forms.
+
+    Looking a value up by a name of one letter is learned first, and within minutes; by longer names, it may never be.
+    """
+    if size >= 0.5 and rng.random() < 0.6:
+        return word
+    return "".join(pick_some(rng, LETTERS, 1 if size < 0.2 else 2 if size < 0.5 else 3))
+
+
+def _value(rng: np.random.Generator, size: float) -> str:
+    longest = 1 if size < 0.2 else 2 if size < 0.5 else 3
+    digits = "".join(pick(rng, DIGITS) for _ in range(int(rng.integers(max(1, longest - 1), longest + 1))))
+    return digits if size < 0.5 or rng.random() < 0.7 else pick(rng, LETTERS) + digits[:2]
+
+
+def _fields(rng: np.random.Generator, num: int, size: float) -> list[str]:
+    """Different field names."""
+    chosen: list[str] = []
+    for word in pick_some(rng, FIELDS, len(FIELDS)):
+        field = _field(rng, word, size)
+        if field not in chosen:
+            chosen.append(field)
+        if len(chosen) == num:
+            break
+    return chosen
 
 
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     """A form of 1 to 7 rows."""
-    num_rows = count_between(rng, 1, 7, size)
+    num_rows = count_between(rng, 1, 7, size) if size >= 0.5 else int(rng.integers(3, 8))
     canvas = Canvas(rng, dark_probability=0.1)
-    codes = ["".join(pick_some(rng, LETTERS, 3)) for _ in range(num_rows)]
-    names = pick_some(rng, FIELDS, num_rows)
-    fields = [name if rng.random() < 0.6 else code for name, code in zip(names, codes, strict=True)]
-    values = [_value(rng) for _ in fields]
+    fields = _fields(rng, num_rows, size)
+    values = [_value(rng, size) for _ in fields]
 
     pitch_x, pixels = float(rng.uniform(12.0, 12.8)), int(rng.integers(12, 15))
     pitch_y = float(rng.uniform(14, min(20.0, 128 / num_rows) if num_rows > 1 else 20))
@@ -46,5 +68,5 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             canvas.rule(3, y + pitch_y / 2, 140, y + pitch_y / 2)
 
     asked = rng.permutation(num_rows)
-    questions = [Question(pick(rng, PHRASINGS).format(fields[i]), values[i], "forms/value") for i in asked]
+    questions = [Question(pick(rng, SHORTEST if size < 0.2 else PHRASINGS).format(fields[i]), values[i], "forms/value") for i in asked]
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_rows)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MEMORY = 400  # questions over which running accuracy is averaged
+MEMORY = 300  # questions over which running accuracy is averaged
 
 
 @dataclass
@@ -33,9 +33,9 @@ class Curriculum:
     order: tuple[str, ...]
     unlocked: int = 1
     grow_at: float = 0.9
-    step: float = 0.1
-    join_at: float = 0.85
-    join_size: float = 0.4
+    step: float = 0.15
+    join_at: float = 0.8
+    join_size: float = 0.3
     worlds: dict[str, Progress] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

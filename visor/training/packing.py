@@ -18,6 +18,7 @@ from visor.synthetic.world import Scene
 from visor.training.vocabulary import ASSISTANT
 
 IGNORED = -100
+EARLY = 2  # the last word of a question and its mark
 
 
 @dataclass
@@ -29,6 +30,9 @@ class PackedText:
         labels_BT: the next token where it is part of an answer (or its end), else -100. Already shifted.
         segment_BT: number of the question a token belongs to, -1 for padding.
         offset_BT: position of a token within its question.
+        early_BT: True where the label is a hint: the last words of a question, too, are asked for the answer's first
+            token. Looking up by a key is then two steps from the key itself, before the answer has to fetch it from
+            there. With the hint a lookup forms within 200 steps, without it not in 1,500.
         kinds: for each scene, the kind of each question in order.
     """
 
@@ -36,6 +40,7 @@ class PackedText:
     labels_BT: torch.Tensor
     segment_BT: torch.Tensor
     offset_BT: torch.Tensor
+    early_BT: torch.Tensor
     kinds: list[list[str]]
 
 
@@ -59,19 +64,20 @@ class TextEncoder:
         """All questions of all scenes; the answer's first token is predicted from the assistant token."""
         rows = []
         for scene in scenes:
-            ids, labels, segments, offsets = [], [], [], []
+            ids, labels, segments, offsets, early = [], [], [], [], []
             for number, question in enumerate(scene.questions):
                 prompt = [*self.ids(question.text), self.assistant]
                 answer = [*self.ids(question.answer), self.tokenizer.eos_token_id]
                 tokens = prompt + answer[:-1]
                 ids += tokens
-                labels += [IGNORED] * (len(prompt) - 1) + answer
+                labels += [IGNORED] * (len(prompt) - 1 - EARLY) + [answer[0]] * EARLY + answer
+                early += [False] * (len(prompt) - 1 - EARLY) + [True] * EARLY + [False] * len(answer)
                 segments += [number] * len(tokens)
                 offsets += range(len(tokens))
-            rows.append((ids, labels, segments, offsets))
+            rows.append((ids, labels, segments, offsets, early))
         length = max(len(row[0]) for row in rows)
         length += -length % 8  # few distinct shapes: kernels and allocators are warm
-        fills = (self.tokenizer.pad_token_id, IGNORED, -1, 0)
+        fills = (self.tokenizer.pad_token_id, IGNORED, -1, 0, False)
         packed = [
             torch.tensor(np.array([np.pad(row[k], (0, length - len(row[k])), constant_values=fill) for row in rows]))
             for k, fill in enumerate(fills)

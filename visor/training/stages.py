@@ -21,6 +21,7 @@ from visor.training.tiny_model import TinyArchitecture, build
 from visor.training.trainer import Stage, StepResult
 from visor.training.vocabulary import SPACE, build_tokenizer, words
 
+EARLY_WEIGHT = 3.0
 ORDER = ("forms", "glyphs", "connections", "charts", "scenes", "easy_vqa", "digits")
 
 
@@ -34,8 +35,10 @@ def answer_loss(logits_AW: torch.Tensor, text: PackedText) -> tuple[torch.Tensor
     """Cross-entropy over answer tokens, and whether each whole answer is right (as greedy decoding would have it)."""
     chosen_BT = text.labels_BT >= 0
     labels_A = text.labels_BT[chosen_BT]
-    loss = F.cross_entropy(logits_AW.float(), labels_A)
-    wrong_A = (logits_AW.detach().argmax(-1) != labels_A).numpy()
+    early_A = text.early_BT[chosen_BT]
+    loss_A = F.cross_entropy(logits_AW.float(), labels_A, reduction="none")
+    loss = loss_A[~early_A].mean() + EARLY_WEIGHT * loss_A[early_A].mean()
+    wrong_A = ((logits_AW.detach().argmax(-1) != labels_A) & ~early_A).numpy()
     row_A, question_A = chosen_BT.nonzero()[:, 0].numpy(), text.segment_BT[chosen_BT].numpy()
     right = [[True] * len(kinds) for kinds in text.kinds]
     for row, question in zip(row_A[wrong_A], question_A[wrong_A], strict=True):

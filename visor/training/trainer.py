@@ -30,7 +30,7 @@ class Recipe:
     steps: int
     batch_size: int = 16
     peak_rate: float = 1e-3
-    warmup: int = 200
+    warmup: int = 100
     decay: float = 0.3
     clip: float = 1.0
     weight_decay: float = 0.01
