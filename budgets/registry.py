@@ -45,7 +45,9 @@ class Registry:
             taken = self._objects.get(name)
             # A module imported twice (reload, `python -m`) defines the same thing again: that is no conflict.
             if taken is not None and (taken.__module__, taken.__qualname__) != (obj.__module__, obj.__qualname__):
-                raise ValueError(f"{self.kind} {name!r} is registered twice: by {taken.__module__} and {obj.__module__}")
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered twice: by {taken.__module__} and {obj.__module__}"
+                )
             self._objects[name] = obj
             return obj
 

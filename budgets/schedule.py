@@ -39,7 +39,9 @@ class Reduction:
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, int) or self.keep < 1:
-            raise ValueError(f"a reduction keeps at least 1 visual token, as an integer; {self.method!r} got keep={self.keep!r}")
+            raise ValueError(
+                f"a reduction keeps at least 1 visual token, as an integer; {self.method!r} got keep={self.keep!r}"
+            )
         if tuple(sorted(self.params)) != self.params:
             raise ValueError(f"params of {self.method!r} must be sorted by name, got {self.params}")
 
@@ -81,7 +83,10 @@ class Schedule:
         if not 0 < self.image_scale <= 1:
             raise ValueError(f"image_scale must be in (0, 1], got {self.image_scale}")
         live = self.source_visual
-        for place, reduction in [("encoder", self.encoder), *((f"layer {i}", op.reduce) for i, op in enumerate(self.layers))]:
+        for place, reduction in [
+            ("encoder", self.encoder),
+            *((f"layer {i}", op.reduce) for i, op in enumerate(self.layers)),
+        ]:
             if reduction is None:
                 continue
             if reduction.keep > live:
@@ -99,7 +104,7 @@ class Schedule:
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
-        """Live visual tokens at each layer (after that layer's reduction). In TEXT and CROSS layers they stand still."""
+        """Live visual tokens at each layer, after its reduction. They stand still in TEXT and CROSS layers."""
         live, counts = self.decoder_visual, []
         for op in self.layers:
             live = op.reduce.keep if op.reduce else live
@@ -115,7 +120,12 @@ class Schedule:
     def structure(self) -> tuple:
         """What must be equal for samples to share a batch: everything but the counts."""
         strip = lambda r: r and (r.method, r.params)
-        return (tuple((op.mode, strip(op.reduce)) for op in self.layers), strip(self.encoder), self.image_scale, self.positions)
+        return (
+            tuple((op.mode, strip(op.reduce)) for op in self.layers),
+            strip(self.encoder),
+            self.image_scale,
+            self.positions,
+        )
 
     def layers_in(self, mode: LayerMode) -> tuple[int, ...]:
         """Indices of the layers that run in `mode`."""

@@ -24,9 +24,12 @@ def embedded_prompt(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:
 
 def _cross_attention(block: nn.Module, text: Tensor, visual: Tensor) -> Tensor:
     heads = lambda x: x.view(len(x), -1, block.head_dim).transpose(0, 1)
-    visual = visual + torch.nn.functional.conv1d(
-        visual.T, block.position_conv.weight, block.position_conv.bias, padding=3, groups=visual.shape[1]
-    ).T
+    visual = (
+        visual
+        + torch.nn.functional.conv1d(
+            visual.T, block.position_conv.weight, block.position_conv.bias, padding=3, groups=visual.shape[1]
+        ).T
+    )
     visual = block.visual_norm(visual)
     groups = block.num_heads // block.num_kv_heads
     q, k, v = heads(block.q_proj(block.text_norm(text))), heads(block.k_proj(visual)), heads(block.v_proj(visual))

@@ -21,9 +21,7 @@ def test_a_scene_is_a_function_of_its_seed(world):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_no_test_image_is_a_training_image(world):
-    images = {
-        split: {scene(world, split, index).image.tobytes() for index in range(30)} for split in ("train", "test")
-    }
+    images = {split: {scene(world, split, index).image.tobytes() for index in range(30)} for split in ("train", "test")}
     assert not images["train"] & images["test"]
 
 

@@ -1,4 +1,4 @@
-"""Training the small models: packing equals asking one by one, runs resume exactly, the curriculum grows by accuracy."""
+"""Training the small models: packing equals asking one by one, runs resume exactly, scenes grow with accuracy."""
 
 import json
 import os

@@ -68,5 +68,8 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             canvas.rule(3, y + pitch_y / 2, 140, y + pitch_y / 2)
 
     asked = rng.permutation(num_rows)
-    questions = [Question(pick(rng, SHORTEST if size < 0.2 else PHRASINGS).format(fields[i]), values[i], "forms/value") for i in asked]
+    questions = [
+        Question(pick(rng, SHORTEST if size < 0.2 else PHRASINGS).format(fields[i]), values[i], "forms/value")
+        for i in asked
+    ]
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_rows)
