@@ -100,7 +100,7 @@ def test_training_lowers_the_loss(tmp_path):
 def test_curriculum_grows_and_unlocks_with_accuracy():
     curriculum = Curriculum(("forms", "glyphs"))
     curriculum.note("forms", [True] * (MEMORY // 2))
-    assert curriculum.worlds["forms"].size == pytest.approx(0.1) and curriculum.unlocked == 1
+    assert curriculum.worlds["forms"].size == pytest.approx(curriculum.step) and curriculum.unlocked == 1
     for _ in range(5):
         curriculum.note("forms", [True] * MEMORY)
     assert curriculum.unlocked == 2
