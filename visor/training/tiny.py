@@ -22,12 +22,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="steps of the last stage, instead of the recipe's")
     parser.add_argument("--rate", type=float, help="peak learning rate of the last stage, instead of the recipe's")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of each process")
     options = parser.parse_args(arguments)
 
     import torch
 
     from visor.training import stages
+    from visor.training.parallel import Group
     from visor.training.recipes import RECIPES
     from visor.training.tiny_model import TinyArchitecture
     from visor.training.trainer import load_weights, train
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
                 parser.error(str(error))
             continue
         train(stage, recipe, options.out)
-    print(json.dumps({"checkpoint": str(options.out / f"{options.stage}.pt")}))
+    if Group().rank == 0:
+        print(json.dumps({"checkpoint": str(options.out / f"{options.stage}.pt")}))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import nn
 from visor.synthetic.world import Scene
 from visor.synthetic.worlds import scene
 from visor.training.curriculum import Curriculum
+from visor.training.parallel import Group
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ class Stage(ABC):
         """What each entry of `StepResult.right` of a scene is about."""
 
 
-def batch_of(stage: Stage, recipe: Recipe, step: int) -> tuple[list[str], list[Scene]]:
-    """The scenes of a step and their worlds."""
+def batch_of(stage: Stage, recipe: Recipe, step: int, group: Group) -> tuple[list[str], list[Scene]]:
+    """The worlds of a step's scenes, and those of the scenes that this process draws."""
     rng = np.random.default_rng([recipe.seed, step])
     draws = [stage.curriculum.draw(rng) for _ in range(recipe.batch_size)]
     first = step * recipe.batch_size
-    return [w for w, _ in draws], [
-        scene(world, "train", first + i, size, recipe.seed) for i, (world, size) in enumerate(draws)
-    ]
+    numbered = [(first + i, world, size) for i, (world, size) in enumerate(draws)]
+    scenes = [scene(world, "train", index, size, recipe.seed) for index, world, size in group.share(numbered)]
+    return [world for world, _ in draws], scenes
 
 
 def _save(path: Path, stage: Stage, optimizer, step: int, seconds: float) -> None:
@@ -113,6 +114,7 @@ def train(
         save_every, log_every: seconds between checkpoints and log lines.
         stop_after: stop at this step, with a checkpoint, as if interrupted there.
     """
+    group = Group()
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{stage.name}.pt", folder / f"{stage.name}.jsonl"
     decayed = [p for p in stage.module.parameters() if p.ndim >= 2 and p.requires_grad]
@@ -133,26 +135,28 @@ def train(
     losses, tally, scenes_since = [], defaultdict(list), 0
     last = min(recipe.steps, stop_after or recipe.steps)
     while step < last:
-        worlds, scenes = batch_of(stage, recipe, step)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
+        worlds, scenes = batch_of(stage, recipe, step, group)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = recipe.rate(step)
         result = stage.step(scenes, torch.Generator().manual_seed(recipe.seed * 1_000_003 + step))
         if not torch.isfinite(result.loss):
             raise RuntimeError(f"{stage.name}: loss {result.loss.item()} at step {step}; last good state: {checkpoint}")
         result.loss.backward()
+        group.average_gradients(stage.module.parameters())
         nn.utils.clip_grad_norm_(stage.module.parameters(), recipe.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         losses.append(result.loss.item())
-        scenes_since += len(scenes)
-        for world, one, right in zip(worlds, scenes, result.right, strict=True):
+        scenes_since += len(worlds)
+        answered = group.gather([(stage.kinds(one), right) for one, right in zip(scenes, result.right, strict=True)])
+        for world, (kinds, right) in zip(worlds, answered, strict=True):
             stage.curriculum.note(world, right)
-            for kind, ok in zip(stage.kinds(one), right, strict=True):
+            for kind, ok in zip(kinds, right, strict=True):
                 tally[kind].append(ok)
 
         now = time.monotonic()
-        if now - logged >= log_every or step == last:
+        if group.rank == 0 and (now - logged >= log_every or step == last):
             elapsed = now - started
             row = {
                 "step": step,
@@ -173,6 +177,6 @@ def train(
                 flush=True,
             )
             losses, tally, scenes_since, logged = [], defaultdict(list), 0, now
-        if now - saved >= save_every or step == last:
+        if group.rank == 0 and (now - saved >= save_every or step == last):
             _save(checkpoint, stage, optimizer, step, now - started)
             saved = now
