@@ -71,6 +71,13 @@ def test_easy_vqa_labels_lie_on_the_shape():
     assert np.abs(pixels[int(label.y), int(label.x)] - pixels[0, 0]).sum() > 60
 
 
+def test_easy_vqa_labels_do_not_contradict_the_answers():
+    for image_id in easy_vqa.images_of_split("train")[:300]:
+        shown = easy_vqa.words_shown(easy_vqa.load("train", image_id)[1])
+        assert len([word for word in shown if word in easy_vqa.SHAPES]) <= 1, shown
+        assert len([word for word in shown if word not in easy_vqa.SHAPES]) <= 1, shown
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="unknown world"):
         scene("form", "test", 0)

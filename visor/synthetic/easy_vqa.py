@@ -51,16 +51,26 @@ def load(split: str, image_id: int) -> tuple[Image.Image, tuple[Question, ...]]:
     return image, tuple(Question(text, answer, _kind(answer)) for text, answer in questions[image_id])
 
 
+def words_shown(questions: tuple[Question, ...]) -> tuple[str, ...]:
+    """The colour and the shape of an image, as far as its questions and answers tell."""
+    shown: set[str] = set()
+    for question in questions:
+        words = question.text.rstrip("?").split()
+        # "is there a red shape?" yes, and "is there not a red shape?" no, both say that red is there.
+        negated = "not" in words or "no" in words
+        if question.answer not in ("yes", "no") or (question.answer == "yes") != negated:
+            shown.update(word for word in (*words, question.answer) if word in COLORS or word in SHAPES)
+    return tuple(sorted(shown))
+
+
 def _labels(image: Image.Image, questions: tuple[Question, ...]) -> tuple[Label, ...]:
-    """What stands where: colour and shape as far as the questions tell, at the centre of what is not background."""
-    # Only direct answers are certain; a word in a yes/no question may be absent from the image.
-    certain = tuple(q.answer for q in questions if q.answer in COLORS or q.answer in SHAPES)
+    """What stands where, at the centre of what is not background."""
     pixels = np.asarray(image).astype(int)
     foreground = np.abs(pixels - pixels[0, 0]).sum(-1) > 60
     if not foreground.any():
         return ()
     ys, xs = np.nonzero(foreground)
-    return (Label(tuple(sorted(set(certain))), float(xs.mean()), float(ys.mean())),)
+    return (Label(words_shown(questions), float(xs.mean()), float(ys.mean())),)
 
 
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
