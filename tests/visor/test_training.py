@@ -12,7 +12,7 @@ from visor.synthetic.worlds import scene
 from visor.training import stages
 from visor.training.curriculum import MEMORY, Curriculum
 from visor.training.tiny_model import TinyArchitecture
-from visor.training.trainer import Recipe, train
+from visor.training.trainer import Recipe, train, without_optimizer
 from visor.training.vocabulary import build_processor, build_tokenizer
 
 SMALL = TinyArchitecture(
@@ -88,6 +88,16 @@ def test_an_interrupted_run_ends_with_the_same_weights(name, tmp_path):
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     rows = [json.loads(line) for line in (tmp_path / "whole" / f"{stage.name}.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 4 and rows[-1]["loss"] > 0
+
+
+def test_a_packed_checkpoint_goes_on(tmp_path):
+    stage = stages.TowerStage(stages.TinyModel(SMALL))
+    train(stage, Recipe(steps=4, batch_size=2, warmup=2), tmp_path / "here", stop_after=2)
+    without_optimizer(tmp_path / "here" / "tower.pt", tmp_path / "there" / "tower.pt")
+    assert (tmp_path / "there" / "tower.pt").stat().st_size < 0.25 * (tmp_path / "here" / "tower.pt").stat().st_size
+    train(stage, Recipe(steps=4, batch_size=2, warmup=2), tmp_path / "there")
+    row = json.loads((tmp_path / "there" / "tower.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 4
 
 
 def test_training_lowers_the_loss(tmp_path):

@@ -27,6 +27,7 @@ class Curriculum:
         unlocked: how many of them take part.
         grow_at: accuracy at which a world's scenes grow.
         step: by how much.
+        smaller: share of scenes drawn smaller than their world's size.
         join_at: accuracy that every unlocked world needs (at size >= `join_size`) before the next one joins.
     """
 
@@ -34,6 +35,7 @@ class Curriculum:
     unlocked: int = 1
     grow_at: float = 0.9
     step: float = 0.15
+    smaller: float = 0.2
     join_at: float = 0.8
     join_size: float = 0.3
     worlds: dict[str, Progress] = field(default_factory=dict)
@@ -42,13 +44,18 @@ class Curriculum:
         for name in self.order:
             self.worlds.setdefault(name, Progress())
 
+    @classmethod
+    def full_size(cls, order: tuple[str, ...], smaller: float) -> Curriculum:
+        """All worlds from the start, at full size."""
+        return cls(order, unlocked=len(order), smaller=smaller, worlds={name: Progress(size=1.0) for name in order})
+
     def draw(self, rng: np.random.Generator) -> tuple[str, float]:
-        """A world, the weaker the likelier, and the size of its scene; one scene in five is smaller."""
+        """A world, the weaker the likelier, and the size of its scene."""
         names = self.order[: self.unlocked]
         weights = np.array([max(0.08, 1.02 - self.worlds[n].accuracy) for n in names])
         name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
         size = self.worlds[name].size
-        return name, size if rng.random() < 0.8 else float(rng.uniform(0, size))
+        return name, size if rng.random() >= self.smaller else float(rng.uniform(0, size))
 
     def note(self, world: str, right: list[bool]) -> None:
         """Take in the results of one scene's questions; grow or unlock."""

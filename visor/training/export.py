@@ -4,7 +4,10 @@
     python -m evaluations.run --suite all --methods dense --out runs/card
     python -m visor.training.export --out visor/checkpoints/dense-tiny --results runs/card/results.json
 
-The first line writes the model, the last its card with the accuracy that the benchmark measured.
+    python -m visor.training.export --run runs/tiny --unfinished --out visor/training/unfinished
+
+The first line writes the model, the third its card with the accuracy that the benchmark measured. The last
+packs a training that is to go on elsewhere: copy the folder to runs/tiny there, and run the stage again.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 from pathlib import Path
 
 
@@ -113,7 +117,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, help="folder of training checkpoints; without it only the card is written")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--results", type=Path, help="results.json of an evaluation of this model, for the card")
+    parser.add_argument("--unfinished", action="store_true", help="only pack the stages of --run, small, into --out")
     options = parser.parse_args(arguments)
+    if options.unfinished:
+        from visor.training.trainer import without_optimizer
+
+        for path in sorted(options.run.glob("*.pt")):
+            without_optimizer(path, options.out / path.name)
+            shutil.copy(path.with_suffix(".jsonl"), options.out)
+        print(json.dumps({"packed": str(options.out)}))
+        return
     if options.run is not None:
         export(options.run, options.out)
     (options.out / "README.md").write_text(card(options.out, options.results))

@@ -174,9 +174,9 @@ class DenseStage(Stage):
 
     name = "dense"
 
-    def __init__(self, model: TinyModel, side_weight: float = 0.3) -> None:
+    def __init__(self, model: TinyModel, side_weight: float = 1.0) -> None:
         self.model, self.side_weight = model, side_weight
-        self.curriculum = Curriculum(ORDER, unlocked=len(ORDER), grow_at=0.85, step=0.2)
+        self.curriculum = Curriculum.full_size(ORDER, smaller=0.5)
         self.module = model
 
     def kinds(self, scene: Scene) -> list[str]:
@@ -207,9 +207,7 @@ class AlignStage(Stage):
 
     def __init__(self, model: TinyModel) -> None:
         self.model = model
-        self.curriculum = Curriculum(ORDER, unlocked=len(ORDER))
-        for progress in self.curriculum.worlds.values():
-            progress.size = 1.0
+        self.curriculum = Curriculum.full_size(ORDER, smaller=0.2)
         self.module = model.llava.model.multi_modal_projector
 
     def kinds(self, scene: Scene) -> list[str]:
