@@ -201,21 +201,35 @@ class DenseStage(Stage):
 
 
 class AlignStage(Stage):
-    """Stage 1: the projector (tower and decoder still) maps features to the embeddings that the decoder knows."""
+    """Stage 1: tower and projector learn to yield the embeddings that the decoder knows; the decoder stands still.
+
+    The tower takes part: labels need no position, so it has not learned to keep one, and the decoder needs it.
+    """
 
     name = "align"
 
     def __init__(self, model: TinyModel) -> None:
         self.model = model
         self.curriculum = Curriculum.full_size(ORDER, smaller=0.2)
-        self.module = model.llava.model.multi_modal_projector
+        llava = model.llava.model
+        self.module = nn.ModuleDict(
+            {"tower": llava.vision_tower, "projector": llava.multi_modal_projector, "labels": model.tower_labels}
+        )
 
     def kinds(self, scene: Scene) -> list[str]:
         return []
 
     def step(self, scenes: list[Scene], generator: torch.Generator) -> StepResult:
+        model = self.model
+        with torch.no_grad():
+            target = model.symbolic_target(scenes)
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features, target = self.model.tower(scenes), self.model.symbolic_target(scenes)
-            visual = self.module(features)
-        return StepResult(F.mse_loss(visual.float(), target.float()), [[] for _ in scenes])
+            features = model.tower(scenes)
+            visual, labels_BVW = model.llava.model.multi_modal_projector(features), model.tower_labels(features)
+        words_BVW = model.patch_words.multi_hot(scenes, len(model.tokenizer))
+        # Relative to the targets' variance, and patches with words count as much as all the empty ones.
+        error_BV = (visual.float() - target).square().mean(-1) / target.var()
+        labelled_BV = words_BVW.any(-1)
+        distance = error_BV[labelled_BV].mean() + error_BV[~labelled_BV].mean()
+        side = label_loss(labels_BVW, words_BVW, model.tokenizer.pad_token_id)
+        return StepResult(distance + 0.3 * side, [[] for _ in scenes])

@@ -1,0 +1,62 @@
+"""The checkpoints that ship: they load as any Hugging Face model does, and are what their cards say."""
+
+import json
+
+import pytest
+import torch
+
+from budgets.schedule import dense
+from visor.checkpoint import CHECKPOINTS, embedded_names, read_card, weight_files
+from visor.inference import LoadedModel
+from visor.synthetic.worlds import scene
+
+NAMES = embedded_names()
+
+
+def test_there_is_a_base_model_and_all_are_small():
+    assert "dense-tiny" in NAMES
+    assert sum(file.stat().st_size for file in CHECKPOINTS.rglob("*.safetensors")) < 60e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_says_what_it_is(name):
+    card = read_card(CHECKPOINTS / name)
+    assert "trained: true" in card and "## Data" in card and "## Recipe" in card and "## Accuracy" in card
+    assert "Not measured" not in card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_through_the_auto_classes_and_answers_in_a_pipeline(name):
+    from transformers import AutoModelForImageTextToText, pipeline
+
+    folder = CHECKPOINTS / name
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(path.suffix == ".safetensors" for path in weight_files(folder))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] >= 12 and config["image_seq_length"] >= 144
+    ask = pipeline("image-text-to-text", model=str(folder))
+    one = scene("scenes", "test", 0)
+    content = [{"type": "image", "image": one.image}, {"type": "text", "text": one.questions[0].text}]
+    answer = ask(text=[{"role": "user", "content": content}], max_new_tokens=4, return_full_text=False)
+    assert answer[0]["generated_text"].strip()
+
+
+def test_dense_tiny_has_learned_to_look():
+    """Not its accuracy (the card has that), but that answers follow the image and not the question alone."""
+    loaded = LoadedModel.load("dense-tiny")
+    right = wrong_image = total = 0
+    for index in range(24):
+        one, other = scene("easy_vqa", "test", index), scene("easy_vqa", "test", index + 100)
+        for question in one.questions:
+            if question.answer in ("yes", "no"):
+                continue
+            for image, own in ((one.image, True), (other.image, False)):
+                prepared = [loaded.prepare(image, question.text)]
+                (answer,) = loaded.generate(
+                    prepared, loaded.encode(prepared), [dense(loaded.geometry.num_layers, prepared[0].num_visual)], 4
+                )
+                right += own and answer.text == question.answer
+                wrong_image += not own and answer.text == question.answer
+            total += 1
+    assert right > wrong_image + 0.2 * total, (right, wrong_image, total)
