@@ -46,6 +46,7 @@ def export(run: Path, out: Path) -> None:
                 "steps": log[-1]["step"],
                 "scenes": log[-1]["step"] * RECIPES[name].batch_size,
                 "seconds": log[-1]["seconds"],
+                "planned": RECIPES[name].steps,
                 "peak_rate": RECIPES[name].peak_rate,
             }
             for name, log in logs.items()
@@ -73,6 +74,8 @@ def card(out: Path, results: Path | None) -> str:
         ]
         head = "| task (test split) | metric | score | 95 % interval | questions |\n|---|---|---|---|---|\n"
         accuracy = head + "\n".join(rows)
+    unfinished = [name for name, s in facts["stages"].items() if s["steps"] < s.get("planned", 0)]
+    status = f"\n**An early checkpoint**: unfinished stages: {', '.join(unfinished)}.\n" if unfinished else ""
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -80,10 +83,10 @@ pipeline_tag: image-text-to-text
 trained: true
 ---
 # {out.name}
-
+{status}
 A small LLaVA of real Hugging Face classes (`LlavaForConditionalGeneration`: SigLIP tower, MLP projector, Qwen2
 decoder), {facts["parameters"] / 1e6:.1f} M parameters, for 144 x 144 images in 144 visual tokens. It exists so that
-efficiency methods can be compared on a laptop; it knows nothing but the seven small worlds below.
+efficiency methods can be compared on a laptop, and knows nothing but the seven small worlds below.
 
 ## Data
 easy-VQA (its training images), handwritten digits of the UCI set (70 % of the scans), and forms, bar charts, glyph
@@ -91,8 +94,8 @@ grids, scenes and connected letters drawn from training seeds (`visor/synthetic`
 image with them.
 
 ## Recipe
-`python -m visor.training.tiny --stage dense`; {facts["hardware"]}; {hours:.1f} hours in all (`decoder` and
-`tower` side by side).
+`python -m visor.training.tiny --stage dense`; {facts["hardware"]}; {hours:.1f} hours
+in all (`decoder` and `tower` side by side).
 
 | stage | steps | scenes | peak rate | time |
 |---|---|---|---|---|
