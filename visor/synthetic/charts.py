@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from visor.synthetic.canvas import COLORS, LETTERS, Canvas, jitter_color
-from visor.synthetic.world import Question, Scene, count_between, pick, pick_some
+from visor.synthetic.world import Question, Scene, count_with_rivals, pick, pick_some
 
 VALUE = ("what is the value of {}?", "how much is {}?")
 NAME = ("what is the value of the {} bar?", "how much is the {} bar?")
@@ -18,7 +18,7 @@ HIGHEST, LOWEST = (
 
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     """A chart of 2 to 5 bars, each with a letter below, a two-digit value above, and a colour."""
-    num_bars = count_between(rng, 2, 5, size)
+    num_bars = count_with_rivals(rng, 2, 5, size)
     canvas = Canvas(rng)
     names, colors = pick_some(rng, LETTERS, num_bars), pick_some(rng, list(COLORS), num_bars)
     values = pick_some(rng, range(10, 100), num_bars)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from visor.synthetic.canvas import COLORS, LETTERS, Canvas, jitter_color
-from visor.synthetic.world import Question, Scene, count_between, pick, pick_some
+from visor.synthetic.world import Question, Scene, count_with_rivals, pick, pick_some
 
 OTHER_END = ("what is {} connected to?", "which letter is joined to {}?")
 LINE_COLOR = ("what color is the line of {}?",)
@@ -14,7 +14,7 @@ ENDS = ("which letter on the {} has the {} line?",)
 
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     """2 to 5 lines between two columns of letters."""
-    num_lines = count_between(rng, 2, 5, size)
+    num_lines = count_with_rivals(rng, 2, 5, size)
     canvas = Canvas(rng)
     letters, colors = pick_some(rng, LETTERS, 2 * num_lines), pick_some(rng, list(COLORS), num_lines)
     left, right = letters[:num_lines], letters[num_lines:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from visor.synthetic.canvas import DIGITS, LETTERS, Canvas
-from visor.synthetic.world import Question, Scene, count_between, pick, pick_some
+from visor.synthetic.world import Question, Scene, count_with_rivals, pick, pick_some
 
 FIELDS = (
     "TAX AGE NET FEE DAY BOX BED LOT JOB BUS KEY MAP PIN REF SUM VAT ZIP ART BAR CAR DUE END FAX GAS HUB ICE LAW "
@@ -46,7 +46,7 @@ def _fields(rng: np.random.Generator, num: int, size: float) -> list[str]:
 
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     """A form of 1 to 7 rows."""
-    num_rows = count_between(rng, 1, 7, size) if size >= 0.5 else int(rng.integers(3, 8))
+    num_rows = count_with_rivals(rng, 1, 7, size)
     canvas = Canvas(rng, dark_probability=0.1)
     fields = _fields(rng, num_rows, size)
     values = [_value(rng, size) for _ in fields]

@@ -57,6 +57,14 @@ def count_between(rng: np.random.Generator, low: int, high: int, size: float) ->
     return int(rng.integers(low, round(low + (high - low) * size) + 1))
 
 
+def count_with_rivals(rng: np.random.Generator, low: int, high: int, size: float) -> int:
+    """As `count_between`, but from the upper half in the smallest scenes.
+
+    Between two candidates a guess is right half the time, and looking one up by its key is not learned for the rest.
+    """
+    return count_between(rng, low, high, size) if size >= 0.5 else int(rng.integers((low + high + 1) // 2, high + 1))
+
+
 def pick(rng: np.random.Generator, items):
     """One item, uniformly."""
     return items[int(rng.integers(len(items)))]

@@ -109,6 +109,7 @@ in all (`decoder` and `tower` side by side).
 ## Use
 ```python
 from transformers import pipeline
+
 ask = pipeline("image-text-to-text", model="visor/checkpoints/{out.name}")
 ```
 """
