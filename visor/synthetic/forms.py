@@ -19,7 +19,7 @@ SHORTEST = ("{}?",)  # of the smallest forms: more questions for the same tokens
 def _field(rng: np.random.Generator, word: str, size: float) -> str:
     """A field name: a word or a code of three letters; codes of one or two letters in the smallest forms.
 
-    Looking a value up by a name of one letter is learned first, and within minutes; by longer names, it may never be.
+    A lookup by a name of one letter is the easiest to learn, so it comes first.
     """
     if size >= 0.5 and rng.random() < 0.6:
         return word

@@ -32,7 +32,7 @@ class PackedText:
         offset_BT: position of a token within its question.
         early_BT: True where the label is a hint: the last words of a question, too, are asked for the answer's first
             token. Looking up by a key is then two steps from the key itself, before the answer has to fetch it from
-            there. With the hint a lookup forms within 200 steps, without it not in 1,500.
+            there. With the hint a lookup formed within 350 steps, without it not in 1,500.
         kinds: for each scene, the kind of each question in order.
     """
 

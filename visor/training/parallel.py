@@ -1,7 +1,7 @@
 """Several processes on one batch: each takes a share of the scenes, gradients are averaged.
 
-Started by `torchrun --nproc-per-node 2 -m visor.training.tiny ...`. On two cores, two processes of one thread each are
-faster than one of two: small matrix products do not split well.
+Started by `torchrun --nproc-per-node 2 -m visor.training.tiny ...`. A second thread in one process did not shorten a
+step of the small models on two (busy) cores; a second process draws and computes half the scenes.
 """
 
 from __future__ import annotations
