@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from visor.synthetic import digits, easy_vqa
-from visor.synthetic.world import IMAGE_SIZE, SPLITS, generator
+from visor.synthetic.world import IMAGE_SIZE, SLOTS, SPLITS, generator
 from visor.synthetic.worlds import WORLDS, scene
 from visor.training.symbolic import PatchWords
 from visor.training.vocabulary import build_tokenizer
@@ -83,3 +83,29 @@ def test_unknown_names_are_refused():
         scene("form", "test", 0)
     with pytest.raises(ValueError, match="unknown split"):
         scene("forms", "dev", 0)
+
+
+@pytest.mark.parametrize("world", ["forms", "glyphs", "charts", "digits", "connections", "scenes"])
+def test_facts_are_vocabulary_words_in_known_slots(world):
+    vocabulary = build_tokenizer().get_vocab()
+    facts = [fact for index in range(20) for label in scene(world, "train", index).labels for fact in label.facts]
+    assert facts
+    assert all(slot in SLOTS and word in vocabulary for slot, word in facts)
+
+
+def test_a_value_knows_its_key():
+    for index in range(20):
+        one = scene("forms", "train", index)
+        known = {
+            "".join(word for slot, word in label.facts if slot.startswith("key")) for label in one.labels if label.facts
+        }
+        asked = {question.text.rstrip("?.").split()[-1] for question in one.questions if "after" in question.text}
+        assert asked <= known
+
+
+def test_a_page_holds_several_times_the_characters_of_a_form():
+    characters = {
+        world: np.mean([len(scene(world, "train", index).labels) for index in range(20)])
+        for world in ("pages", "forms")
+    }
+    assert characters["pages"] > 2 * characters["forms"]

@@ -5,6 +5,7 @@ Characters stand at least one patch (12 px) apart, so a patch never holds the ce
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,6 +39,8 @@ COLORS = {
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # without I and O, which read as 1 and 0
 DIGITS = "0123456789"
 
+Facts = Sequence[tuple[str, str]]
+
 
 @lru_cache(maxsize=64)
 def font(file: str, pixels: int) -> ImageFont.FreeTypeFont:
@@ -67,20 +70,22 @@ class Canvas:
         ink = rng.integers(205, 256, 3) if self.dark else rng.integers(0, 70, 3)
         self.ink = tuple(int(v) for v in ink)
 
-    def label(self, words: tuple[str, ...], x: float, y: float) -> None:
-        """Record that `words` stand at (x, y)."""
-        self.labels.append(Label(words, x, y))
+    def label(self, words: tuple[str, ...], x: float, y: float, facts: Facts = ()) -> None:
+        """Record that `words` stand at (x, y), and what is true of them (`Label.facts`)."""
+        self.labels.append(Label(words, x, y, tuple(facts)))
 
-    def glyph(self, character: str, x: float, y: float, pixels: int, fill=None) -> None:
+    def glyph(self, character: str, x: float, y: float, pixels: int, facts: Facts = ()) -> None:
         """Draw one character centred on (x, y) and label it."""
-        self.draw.text((x, y), character, font=font(self.font_file, pixels), fill=fill or self.ink, anchor="mm")
-        self.label((character,), x, y)
+        self.draw.text((x, y), character, font=font(self.font_file, pixels), fill=self.ink, anchor="mm")
+        self.label((character,), x, y, facts)
 
-    def text(self, string: str, x: float, y: float, pixels: int, pitch: float, fill=None) -> float:
-        """Draw a string whose first character is centred on (x, y); returns the x where a next one would stand."""
-        for character in string:
-            if character != " ":
-                self.glyph(character, x, y, pixels, fill)
+    def text(self, string: str, x: float, y: float, pixels: int, pitch: float, facts: Sequence[Facts] = ()) -> float:
+        """Draw a string whose first character is centred on (x, y); returns the x where a next one would stand.
+
+        `facts` are those of each character, if any.
+        """
+        for k, character in enumerate(string):
+            self.glyph(character, x, y, pixels, facts[k] if facts else ())
             x += pitch
         return x
 

@@ -30,11 +30,14 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         for tick in range(1, 5):
             canvas.rule(2, base - full * tick / 4, 142, base - full * tick / 4)
     canvas.draw.line((2, base, 142, base), fill=canvas.ink)
+    extremes = {int(np.argmax(values)): "largest", int(np.argmin(values)): "smallest"}
     for i, (name, color, value) in enumerate(zip(names, colors, values, strict=True)):
+        read = [("value0", str(value)[0]), ("value1", str(value)[1])]
+        known = [*read, ("color", color)] + ([("extreme", extremes[i])] if i in extremes else [])
         x, top = left + i * pitch, base - full * value / 100
         canvas.draw.rectangle((x - width / 2, top, x + width / 2, base), fill=jitter_color(rng, color))
-        canvas.label((color, "bar"), x, (top + base) / 2)
-        canvas.glyph(name, x, base + 10, pixels)
+        canvas.label((color, "bar"), x, (top + base) / 2, read)
+        canvas.glyph(name, x, base + 10, pixels, known)
         canvas.text(str(value), x - 6.2, top - 9, pixels, 12.4)
 
     questions = []

@@ -34,10 +34,16 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             )
             points.append((x + t**3 * (x1 - 11), y0 + (y1 - y0) * (3 * t**2 - 2 * t**3)))
         canvas.draw.line(points, fill=jitter_color(rng, colors[i]), width=4, joint="curve")
-        canvas.label((colors[i], "line"), x0 + 14, y0)
+        # An end knows the other one only if it comes later, row by row: the decoder is causal.
+        near, far = [("value0", left[i])], [("color", colors[i])]
+        if y1 >= y0:
+            far.append(("other", left[i]))
+        if y0 >= y1:
+            near.append(("other", right[j]))
+        canvas.label((colors[i], "line"), x0 + 14, y0, near)
         canvas.label((colors[i], "line"), x1 - 14, y1)
         canvas.glyph(left[i], x0, y0, pixels)
-        canvas.glyph(right[j], x1, y1, pixels)
+        canvas.glyph(right[j], x1, y1, pixels, far)
 
     questions = []
     for i in pick_some(rng, range(num_lines), 3):

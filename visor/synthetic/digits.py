@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from visor.synthetic.canvas import Canvas
+from visor.synthetic.canvas import Canvas, Facts
 from visor.synthetic.world import Question, Scene, count_between, pick, pick_some
 
 READ = ("read line {}.", "what is the number in line {}?", "which number is in line {}?")
@@ -33,9 +33,18 @@ def scans_of_split(split: str) -> np.ndarray:
     return {"train": order[:first], "validation": order[first:second], "test": order[second:]}[split]
 
 
+def paste_scan(canvas: Canvas, scan: int, x: float, y: float, side: int, facts: Facts = ()) -> str:
+    """Draw a scan centred on (x, y), `side` pixels wide, in the canvas's ink; returns its digit."""
+    images, targets = _scans()
+    mask = Image.fromarray((images[scan] * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    canvas.image.paste(Image.new("RGB", mask.size, canvas.ink), (round(x - side / 2), round(y - side / 2)), mask)
+    digit = str(targets[scan])
+    canvas.label((digit,), x, y, facts)
+    return digit
+
+
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     """1 to 4 lines of 3 or 4 handwritten digits."""
-    images, targets = _scans()
     num_lines = count_between(rng, 1, 4, size)
     num_digits = int(rng.integers(3, 5)) if size > 0.3 else int(rng.integers(1, 4))
     canvas = Canvas(rng, dark_probability=0.3)
@@ -49,13 +58,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         for k in range(num_digits):
             scan = int(pick(rng, scans_of_split(split)))
             x, y = left + k * pitch_x, top + line * pitch_y + rng.uniform(-1, 1)
-            mask = Image.fromarray((images[scan] * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-            canvas.image.paste(
-                Image.new("RGB", mask.size, canvas.ink), (round(x - side / 2), round(y - side / 2)), mask
-            )
-            digit = str(targets[scan])
-            canvas.label((digit,), x, y)
-            number += digit
+            number += paste_scan(canvas, scan, x, y, side, (("row", str(line + 1)), ("column", str(k + 1))))
         numbers.append(number)
 
     asked = pick_some(rng, range(num_lines), 4)

@@ -63,7 +63,9 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         if colon:
             canvas.draw.text((end - pitch_x / 2, y), ":", fill=canvas.ink, anchor="mm")
         start = column + (max(map(len, values)) - len(value) if right_aligned else 0)
-        canvas.text(value, left + start * pitch_x, y, pixels, pitch_x)
+        key = [(f"key{k}", character) for k, character in enumerate(field)]
+        facts = [[*key, ("place", str(k + 1))] for k in range(len(value))]
+        canvas.text(value, left + start * pitch_x, y, pixels, pitch_x, facts)
         if ruled:
             canvas.rule(3, y + pitch_y / 2, 140, y + pitch_y / 2)
 

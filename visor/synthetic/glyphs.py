@@ -23,7 +23,8 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     rows = ["".join(pick(rng, ALPHABET) for _ in range(num_columns)) for _ in range(num_rows)]
     boxed = rng.random() < 0.3
     for r, row in enumerate(rows):
-        canvas.text(row, left, top + r * pitch_y, pixels, pitch_x)
+        facts = [(("row", str(r + 1)), ("column", str(c + 1))) for c in range(num_columns)]
+        canvas.text(row, left, top + r * pitch_y, pixels, pitch_x, facts)
         if boxed:
             y = top + (r + 0.5) * pitch_y
             canvas.rule(left - pitch_x / 2, y, left + (num_columns - 0.5) * pitch_x, y)

@@ -41,6 +41,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     canvas = Canvas(rng)
     shapes = [pick(rng, SHAPES) for _ in range(num_shapes)]
     colors = pick_some(rng, list(COLORS), num_shapes)
+    placed = []
     for shape, color, quarter in zip(shapes, colors, pick_some(rng, range(4), num_shapes), strict=True):
         radius = rng.uniform(17, 30)
         x = 72 * (quarter % 2) + rng.uniform(radius + 2, max(radius + 2.1, 70 - radius))
@@ -50,7 +51,9 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             canvas.draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
         else:
             canvas.draw.polygon(_outline(shape, x, y, radius, rng.uniform(-0.3, 0.3)), fill=fill)
-        canvas.label((color, shape), x, y)
+        placed.append((y, x, (color, shape)))
+    for number, (y, x, words) in enumerate(sorted(placed), 1):
+        canvas.label(words, x, y, [("place", str(number))])
 
     questions = [Question(pick(rng, COUNT), str(num_shapes), "scenes/count")]
     unique = [i for i in range(num_shapes) if shapes.count(shapes[i]) == 1]

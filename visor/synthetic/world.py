@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "validation", "test")
+SLOTS = ("key0", "key1", "key2", "key3", "place", "row", "column", "value0", "value1", "color", "other", "extreme")
 IMAGE_SIZE = 144  # native side length of the embedded models, in pixels
 
 
@@ -24,11 +25,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Label:
-    """Ground truth for dense supervision: `words` (vocabulary words) stand at pixel (x, y)."""
+    """Ground truth for dense supervision: `words` (vocabulary words) stand at pixel (x, y).
+
+    `facts` are (slot, word) pairs that hold for the thing at this place but are written elsewhere in the image: the
+    key of a value, the row and column of a character, the other end of a line. Slots are those of `SLOTS`.
+    """
 
     words: tuple[str, ...]
     x: float
     y: float
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

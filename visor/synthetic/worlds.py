@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from visor.synthetic import charts, connections, digits, easy_vqa, forms, glyphs, scenes
+from visor.synthetic import charts, connections, digits, easy_vqa, forms, glyphs, pages, scenes
 from visor.synthetic.world import Draw, Scene, generator
 
 WORLDS: dict[str, Draw] = {
     module.__name__.rpartition(".")[2]: module.draw
-    for module in (easy_vqa, scenes, digits, forms, charts, glyphs, connections)
+    for module in (easy_vqa, scenes, digits, forms, charts, glyphs, connections, pages)
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,7 @@ class Curriculum:
         grow_at: accuracy at which a world's scenes grow.
         step: by how much.
         smaller: share of scenes drawn smaller than their world's size.
+        emphasis: factors on how often a world is drawn.
         join_at: accuracy that every unlocked world needs (at size >= `join_size`) before the next one joins.
     """
 
@@ -36,6 +38,7 @@ class Curriculum:
     grow_at: float = 0.9
     step: float = 0.15
     smaller: float = 0.2
+    emphasis: Mapping[str, float] = field(default_factory=dict)
     join_at: float = 0.8
     join_size: float = 0.3
     worlds: dict[str, Progress] = field(default_factory=dict)
@@ -52,7 +55,7 @@ class Curriculum:
     def draw(self, rng: np.random.Generator) -> tuple[str, float]:
         """A world, the weaker the likelier, and the size of its scene."""
         names = self.order[: self.unlocked]
-        weights = np.array([max(0.08, 1.02 - self.worlds[n].accuracy) for n in names])
+        weights = np.array([self.emphasis.get(n, 1.0) * max(0.08, 1.02 - self.worlds[n].accuracy) for n in names])
         name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
         size = self.worlds[name].size
         return name, size if rng.random() >= self.smaller else float(rng.uniform(0, size))

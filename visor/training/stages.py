@@ -15,6 +15,7 @@ from torch import nn
 from visor.synthetic.world import Scene
 from visor.training.attention import use_float32_attention
 from visor.training.curriculum import Curriculum
+from visor.training.facts import FactReader, FactTargets
 from visor.training.packing import PackedText, TextEncoder, attention_mask
 from visor.training.symbolic import PatchEmbeddings, PatchWords, present_patches
 from visor.training.tiny_model import TinyArchitecture, build
@@ -22,6 +23,7 @@ from visor.training.trainer import Stage, StepResult
 from visor.training.vocabulary import SPACE, build_tokenizer, words
 
 EARLY_WEIGHT = 3.0
+FACTS_WEIGHT = 1.0
 ORDER = ("forms", "glyphs", "connections", "charts", "scenes", "easy_vqa", "digits")
 
 
@@ -57,6 +59,12 @@ class TinyModel(nn.Module):
         use_float32_attention(self.llava)
         self.patches = PatchEmbeddings(architecture.grid, architecture.decoder_width)
         self.tower_labels = nn.Linear(architecture.tower_width, len(self.tokenizer))
+        self.facts = FactReader(
+            self.llava.model.language_model,
+            architecture.decoder_layers // 2,
+            architecture.decoder_width,
+            len(self.tokenizer),
+        )
         self.text = TextEncoder(self.tokenizer)
         self.patch_words = PatchWords(self.tokenizer, architecture.grid)
         self._share_word_embeddings()
@@ -105,7 +113,12 @@ class DecoderStage(Stage):
         self.model, self.curriculum = model, Curriculum(ORDER)
         llava = model.llava
         self.module = nn.ModuleDict(
-            {"decoder": llava.model.language_model, "head": llava.lm_head, "patches": model.patches}
+            {
+                "decoder": llava.model.language_model,
+                "head": llava.lm_head,
+                "patches": model.patches,
+                "facts": model.facts,
+            }
         )
 
     def kinds(self, scene: Scene) -> list[str]:
@@ -121,7 +134,9 @@ class DecoderStage(Stage):
         with torch.autocast("cpu", torch.bfloat16):
             visual = model.patches(words_BMW, model.llava.get_input_embeddings().weight, patch_BM)
             logits = model.decode(visual, patch_BM, valid_BM, text)
-        return StepResult(*answer_loss(logits, text))
+            facts, measures = model.facts.loss(FactTargets.of(scenes, model.patch_words), patch_BM)
+        loss, right = answer_loss(logits, text)
+        return StepResult(loss + FACTS_WEIGHT * facts, right, measures)
 
 
 def label_loss(logits_BVW: torch.Tensor, target_BVW: torch.Tensor, empty: int) -> torch.Tensor:
@@ -141,7 +156,8 @@ class TowerStage(Stage):
 
     def __init__(self, model: TinyModel) -> None:
         self.model = model
-        self.curriculum = Curriculum(ORDER, unlocked=len(ORDER), grow_at=0.5, step=0.25)
+        order = (*ORDER, "pages")
+        self.curriculum = Curriculum(order, len(order), grow_at=0.5, step=0.25, emphasis={"pages": 10.0})
         self.module = nn.ModuleDict({"tower": model.llava.model.vision_tower, "labels": model.tower_labels})
 
     def kinds(self, scene: Scene) -> list[str]:
@@ -191,13 +207,14 @@ class DenseStage(Stage):
             visual = model.llava.model.multi_modal_projector(features)
             logits = model.decode(visual, patch_BV, torch.ones_like(patch_BV, dtype=torch.bool), text)
             side_logits = model.tower_labels(features)
+            facts, measures = model.facts.loss(FactTargets.of(scenes, model.patch_words), patch_BV)
         loss, right = answer_loss(logits, text)
         side = label_loss(
             side_logits,
             model.patch_words.multi_hot(scenes, len(model.tokenizer)),
             model.tokenizer.pad_token_id,
         )
-        return StepResult(loss + self.side_weight * side, right)
+        return StepResult(loss + self.side_weight * side + FACTS_WEIGHT * facts, right, measures)
 
 
 class AlignStage(Stage):

@@ -11,7 +11,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +47,11 @@ class Recipe:
 
 @dataclass
 class StepResult:
-    """Loss to differentiate, and for each scene which of its questions were answered right."""
+    """Loss to differentiate, for each scene which of its questions were answered right, and side measures to log."""
 
     loss: torch.Tensor
     right: list[list[bool]]
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class Stage(ABC):
@@ -167,6 +168,8 @@ def train(
             stage.curriculum.note(world, right)
             for kind, ok in zip(kinds, right, strict=True):
                 tally[kind].append(ok)
+        for name, value in result.measures.items():
+            tally[name].append(value)
 
         now = time.monotonic()
         if group.rank == 0 and (now - logged >= log_every or step == last):
