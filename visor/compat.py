@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import initialization
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,6 +26,7 @@ __all__ = [
     "capture_outputs",
     "causal_mask",
     "image_output",
+    "initialization",
     "merge_with_config_defaults",
     "register_recordable",
     "rotated_heads",

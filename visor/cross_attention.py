@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visor.compat import GradientCheckpointingLayer
+from visor.attention import cross_attention
+from visor.compat import GradientCheckpointingLayer, initialization
 
 
 class CrossAttentionBlock(GradientCheckpointingLayer):
@@ -28,6 +29,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: Any, kernel: int = 7) -> None:
         super().__init__()
+        self.config = config  # the kernel may be chosen after the block is made
         width, self.num_heads = config.hidden_size, config.num_attention_heads
         self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
         self.head_dim = getattr(config, "head_dim", None) or width // self.num_heads
@@ -38,34 +40,49 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
-        self._initialise(getattr(config, "initializer_range", 0.02))
+        self.std = getattr(config, "initializer_range", 0.02)
+        self.initialise()
 
     @torch.no_grad()
-    def _initialise(self, std: float) -> None:
+    def initialise(self) -> None:
+        """New weights, except where a checkpoint has given some (which transformers' own functions can tell)."""
         for module in (self.q_proj, self.k_proj, self.v_proj, self.position_conv):
-            module.weight.normal_(0.0, std)
-        self.position_conv.bias.zero_()
-        self.o_proj.weight.zero_()
+            initialization.normal_(module.weight, 0.0, self.std)
+        initialization.zeros_(self.position_conv.bias)
+        initialization.zeros_(self.o_proj.weight)
+        for norm in (self.text_norm, self.visual_norm):
+            initialization.ones_(norm.weight)
 
     def keys_values(self, visual_BVD: Tensor, valid_BV: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, V, d] of the visual tokens. They are constant while decoding."""
         if valid_BV is not None:  # padding must look like the convolution's own zero padding
             visual_BVD = visual_BVD * valid_BV[..., None]
-        visual_BVD = visual_BVD + self.position_conv(visual_BVD.transpose(1, 2)).transpose(1, 2)
-        visual_BVD = self.visual_norm(visual_BVD)
+        visual_BVD = self.visual_norm(visual_BVD + self.encode_positions(visual_BVD))
         split = lambda x: x.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if _is_plain(self.k_proj) and _is_plain(self.v_proj):  # one product for both
+            weight = torch.cat([self.k_proj.weight, self.v_proj.weight])
+            keys, values = F.linear(visual_BVD, weight).chunk(2, dim=-1)
+            return split(keys), split(values)
         return split(self.k_proj(visual_BVD)), split(self.v_proj(visual_BVD))
+
+    def encode_positions(self, visual_BVD: Tensor) -> Tensor:
+        """The convolution over the visual sequence: [B, V, D].
+
+        As a 2D convolution of a channels-last image one pixel wide, the tokens are read as they lie in memory; a 1D
+        convolution would transpose them twice, which takes several times as long as the convolution itself.
+        """
+        conv = self.position_conv
+        if not _is_plain(conv):
+            return conv(visual_BVD.transpose(1, 2)).transpose(1, 2)
+        pixels_BDV1 = visual_BVD[:, :, None].permute(0, 3, 1, 2)
+        padding = (conv.padding[0], 0)
+        encoded_BDV1 = F.conv2d(pixels_BDV1, conv.weight[..., None], conv.bias, padding=padding, groups=conv.groups)
+        return encoded_BDV1[..., 0].transpose(1, 2)
 
     def attend(self, text_BTD: Tensor, keys: Tensor, values: Tensor, valid_BV: Tensor | None) -> Tensor:
         """What the text reads: [B, T, D]."""
         queries = self.q_proj(self.text_norm(text_BTD)).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        grouped, mask = self.num_heads != self.num_kv_heads, None
-        if valid_BV is not None:
-            mask = valid_BV[:, None, None, :].expand(-1, 1, text_BTD.shape[1], -1)
-            if grouped:  # on CUDA, a mask together with enable_gqa falls back to the slow reference kernel
-                repeats, grouped = self.num_heads // self.num_kv_heads, False
-                keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
-        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
+        read = cross_attention(queries, keys, values, valid_BV, getattr(self.config, "_attn_implementation", None))
         return self.o_proj(read.transpose(1, 2).flatten(2))
 
     def forward(
@@ -89,3 +106,8 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         if active_B is not None:
             read_BTD = read_BTD.where(active_B[:, None, None], 0.0)
         return text_BTD + read_BTD, (keys, values)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """True if its weight may be used without calling it: no adapter, no quantised layer, no hook that fetches it."""
+    return type(module) in (nn.Linear, nn.Conv1d) and not hasattr(module, "_hf_hook")

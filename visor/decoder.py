@@ -34,7 +34,10 @@ from visor.compat import (
 from visor.context import LayerContext
 from visor.cross_attention import CrossAttentionBlock
 from visor.execution import KeepMasks, KeepRecord, Run
+from visor.deepstack import DeepStack
 from visor.families.base import adapter_for
+from visor.positions import fallen, rotary, split_position_ids
+from visor.stopwatch import scoring
 from visor.streams import PromptLayout, PromptStreams, TokenStream
 
 CallLayer = Callable[[int, TokenStream], None]
@@ -46,6 +49,7 @@ class ElasticDecoder:
     """Mixed into the class of a decoder by `install`. Holds nothing but the run it is in and the last run's record."""
 
     _TRANSIENT = ("_run", "_layout", "_record")
+    visual_source = "latest"
     _run: Run | None = None
     _layout: PromptLayout | None = None
     _record: KeepRecord | None = None
@@ -68,6 +72,13 @@ class ElasticDecoder:
         """The same after each reduction, by the layer it stood before; `running(keep_masks=)` repeats it."""
         return {} if self._record is None else self._record.by_layer()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers starts every Linear alike; a block's output projection starts at zero.
+        if isinstance(module, CrossAttentionBlock):
+            module.initialise()
+        else:
+            super()._init_weights(module)
+
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         cache = kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
         if self._run is None and not isinstance(cache, ElasticCache):
@@ -86,6 +97,8 @@ class ElasticDecoder:
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        visual_pos_masks: Tensor | None = None,
+        deepstack_visual_embeds: Sequence[Tensor] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -99,38 +112,52 @@ class ElasticDecoder:
         num_seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(hidden_BND.shape[1], device=hidden_BND.device) + num_seen)[None]
-        if position_ids.ndim != 2:
-            raise ValueError(f"schedules need position ids [batch, length], got shape {tuple(position_ids.shape)}")
+        positions, running_ids = split_position_ids(position_ids, self.rotary_emb)
+        deepstack = DeepStack.of(deepstack_visual_embeds, visual_pos_masks)
         layout, self._layout = self._layout, None
         call = functools.partial(self._run_layer, cache=cache, use_cache=use_cache, **kwargs)
         if num_seen:
-            last_hidden_state = self._continue(hidden_BND, attention_mask, position_ids, cache, call)
+            last_hidden_state = self._continue(hidden_BND, attention_mask, positions, cache, call, deepstack)
         else:
             run = self._run or Run.unscheduled(len(self.layers))
             layout = run.layout(layout, hidden_BND.shape[:2], attention_mask)
-            last_hidden_state = self._prefill(run, layout, hidden_BND, attention_mask, position_ids, cache, call)
+            # transformers makes the mask of the running numbers, and of none if they are not given beside the others.
+            running_ids = running_ids if run.is_dense else None
+            streams = self._streams(layout, hidden_BND, attention_mask, positions, running_ids, deepstack)
+            last_hidden_state = self._prefill(run, layout, streams, cache, call)
         return BaseModelOutputWithPast(last_hidden_state=last_hidden_state, past_key_values=cache)
+
+    def _streams(
+        self,
+        layout: PromptLayout,
+        hidden_BND: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        running_ids: Tensor | None,
+        deepstack: DeepStack | None,
+    ) -> PromptStreams:
+        """A prompt before layer 0."""
+        full = TokenStream(
+            hidden_BND,
+            rotary(self.rotary_emb, hidden_BND, positions),
+            # transformers sees the caller's own mask, as in its own forward; an all-True one is dropped on the host.
+            None if layout.valid_BP is None else attention_mask.bool(),
+            positions=running_ids,
+        )
+        return PromptStreams(full, positions, layout, self.visual_source == "initial", deepstack)
 
     def _prefill(
         self,
         run: Run,
         layout: PromptLayout,
-        hidden_BND: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
+        streams: PromptStreams,
         cache: ElasticCache | None,
         call: CallLayer,
     ) -> Tensor:
         """Run a prompt: final hidden states [B, P, D]."""
         rows = run.rows(layout)
-        full = TokenStream(
-            hidden_BND,
-            self.rotary_emb(hidden_BND, position_ids),
-            # transformers sees the caller's own mask, as in its own forward; an all-True one is dropped on the host.
-            None if layout.valid_BP is None else attention_mask.bool(),
-            positions=position_ids if run.is_dense else None,
-        )
-        streams = PromptStreams(full, position_ids, layout)
+        if any(method.reads_embeddings for method in run.methods.values()):
+            streams.embedded_BPD = streams.full.hidden_BND
         self._record = KeepRecord(layout)
         self._run_layers(0, run, rows, streams, cache, call)
         if cache is not None:
@@ -169,6 +196,7 @@ class ElasticDecoder:
                 held = cache.layers[i]
                 held.group, held.shift_B1, held.shift_group = stream.group, streams.shift_B1, streams.full.group
             call(i, stream)
+            streams.add_levels(i)
 
     def _reduce(self, run: Run, context: LayerContext) -> None:
         """Keep the best visual tokens, or those that the caller of `running` has fixed."""
@@ -179,16 +207,15 @@ class ElasticDecoder:
                 forced_BP = forced_BP.to(streams.visual_BN.device)
                 kept_BN = forced_BP if streams.origin_BN is None else forced_BP.gather(1, streams.origin_BN)
                 kept_BN = kept_BN & streams.visual_BN
+                if run.methods[layer].merges:
+                    raise ValueError(f"keep_masks[{layer}]: {run.methods[layer].title} merges tokens, a mask is not all")
             else:
-                with torch.no_grad():
-                    scores_BN = run.methods[layer].score_tokens(context)
-                if scores_BN.shape != streams.visual_BN.shape:
-                    raise ValueError(
-                        f"{run.methods[layer].title}: score_tokens must score every live token, shape "
-                        f"{tuple(streams.visual_BN.shape)}, got {tuple(scores_BN.shape)}"
-                    )
-                kept_BN = _best(scores_BN, streams.visual_BN, context.keep)
-            renumber = self.rotary_emb if run.positions == "contiguous" else None
+                with torch.no_grad(), scoring():
+                    selection = run.methods[layer].select_tokens(context)
+                kept_BN = selection.kept_BN
+                if selection.hidden_BND is not None:
+                    streams.rewrite(selection.hidden_BND, selection.source_BN)
+            renumber = functools.partial(rotary, self.rotary_emb) if run.positions == "contiguous" else None
             streams.keep(kept_BN, context.keep, renumber)
         self._record.add(layer, streams.alive_in_prompt(self._record.layout.visual_BP.shape[1]))
 
@@ -205,24 +232,28 @@ class ElasticDecoder:
         self,
         hidden_BND: Tensor,
         attention_mask: Tensor | None,
-        position_ids: Tensor,
+        positions: Tensor,
         cache: ElasticCache,
         call: CallLayer,
+        deepstack: DeepStack | None,
     ) -> Tensor:
         """Run tokens that follow a cached prompt: text, through every layer, against what that layer holds."""
         valid_BN = None if attention_mask is None else attention_mask[:, -hidden_BND.shape[1] :].bool()
-        stream = TokenStream(hidden_BND, self.rotary_emb(hidden_BND, position_ids), valid_BN)
+        stream = TokenStream(hidden_BND, rotary(self.rotary_emb, hidden_BND, positions), valid_BN)
         rotary_by_shift = {}
         for i, held in enumerate(cache.layers):
             if held.shift_B1 is not None:
                 if held.shift_group not in rotary_by_shift:
-                    rotary_by_shift[held.shift_group] = self.rotary_emb(hidden_BND, position_ids - held.shift_B1)
+                    moved = fallen(positions, held.shift_B1)
+                    rotary_by_shift[held.shift_group] = rotary(self.rotary_emb, hidden_BND, moved)
                 stream.rotary = rotary_by_shift[held.shift_group]
             if held.cross is not None:
                 keys, values, valid_BV, active_B = held.cross
                 block = self.cross_blocks[str(i)]
                 stream.hidden_BND, _ = block(stream.hidden_BND, None, valid_BV, active_B, (keys, values))
             call(i, stream)
+            if deepstack is not None:  # new images in a later turn, under a dense schedule
+                stream.hidden_BND = deepstack.add(stream.hidden_BND, i)
         return self.norm(stream.hidden_BND)
 
     def _run_layer(self, i: int, stream: TokenStream, cache: ElasticCache | None, **kwargs: Any) -> None:
@@ -249,15 +280,6 @@ class ElasticDecoder:
             past_key_values=cache,
             **kwargs,
         )
-
-
-def _best(scores_BN: Tensor, visual_BN: Tensor, keep: Sequence[int]) -> Tensor:
-    """The `keep[b]` best-scored visual tokens of each row, as a mask. Of equals the earlier one stays."""
-    lowest = torch.finfo(torch.float32).min
-    scores_BN = scores_BN.float().nan_to_num(nan=lowest).clamp(min=lowest)  # any visual token before any other token
-    order_BN = scores_BN.masked_fill(~visual_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    keep_B1 = torch.tensor(keep).to(scores_BN.device, non_blocking=True)[:, None]
-    return (order_BN.argsort(dim=1) < keep_B1) & visual_BN
 
 
 @functools.cache
@@ -300,12 +322,16 @@ def _note_prompt(inner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     decoder._layout = PromptLayout.of(visual, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
 
 
-def install(model: nn.Module, cross_layers: Sequence[int] = ()) -> nn.Module:
+def install(
+    model: nn.Module, cross_layers: Sequence[int] = (), *, cross_kernel: int = 7, visual_source: str | None = None
+) -> nn.Module:
     """Make a model's decoder able to run schedules, in place. Doing it twice does nothing more.
 
     Args:
         model: `LlavaForConditionalGeneration` or another of a supported family.
         cross_layers: decoder layers that get a (new, zero-initialised) cross-attention block, if they have none yet.
+        cross_kernel: width of the new blocks' convolution.
+        visual_source: what CROSS layers read: "latest" or "initial" visual tokens; None leaves it ("latest" at first).
 
     Returns:
         The same model.
@@ -321,13 +347,16 @@ def install(model: nn.Module, cross_layers: Sequence[int] = ()) -> nn.Module:
     if not isinstance(decoder, ElasticDecoder):
         decoder.__class__ = _elastic_class(type(decoder))
         adapter.inner.register_forward_pre_hook(_note_prompt, with_kwargs=True)
+    if visual_source is not None:
+        decoder.visual_source = visual_source
     if cross_layers and not hasattr(decoder, "cross_blocks"):
         decoder.cross_blocks = nn.ModuleDict()
     for i in cross_layers:
         if str(i) in decoder.cross_blocks:
             continue
         weight = next(decoder.layers[i].parameters())
-        block = CrossAttentionBlock(decoder.config).to(weight.device, weight.dtype).train(decoder.training)
+        block = CrossAttentionBlock(decoder.config, cross_kernel)
+        block = block.to(weight.device, weight.dtype).train(decoder.training)
         if decoder.gradient_checkpointing:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = decoder.layers[i]._gradient_checkpointing_func

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visor.deepstack import DeepStack
+from visor.positions import close_gaps
+
 TEXT_GROUP = -1  # cache group of the layers that hold text only; the others count reductions: 0, 1, ...
 
 
@@ -112,22 +115,35 @@ class PromptStreams:
 
     Attributes:
         full: all live tokens. Its text is stale while `text` is out.
-        positions_BN: position ids of the live tokens.
+        positions: position ids of the live tokens, [B or 1, N] or [B, N, A] (`visor.positions`).
         visual_BN: visual tokens among the live ones.
         origin_BN: index of each live token in the prompt; None before the first reduction.
         last_B1: index of the last real token among the live ones.
         num_text, num_visual: live tokens by row, on the host.
         shift_B1: how far later position ids have fallen; None if not at all.
+        initial_BND: the live tokens as they entered the decoder, if CROSS layers read those; else None.
+        embedded_BPD: the prompt as it entered layer 0, where a method asks for it.
+        memo: what methods have computed for this prompt and need again at a later layer.
     """
 
-    def __init__(self, full: TokenStream, positions_BN: Tensor, layout: PromptLayout) -> None:
+    def __init__(
+        self,
+        full: TokenStream,
+        positions: Tensor,
+        layout: PromptLayout,
+        reads_initial: bool = False,
+        deepstack: DeepStack | None = None,
+    ) -> None:
         device = full.hidden_BND.device
-        self.full, self.positions_BN = full, positions_BN
+        self.full, self.positions, self.deepstack = full, positions, deepstack
         self.num_text, self.num_visual = layout.num_text, layout.num_visual
         self.visual_BN = to_device(layout.visual_BP, device)
         self.last_B1 = to_device(layout.last_B1, device)
         self.origin_BN: Tensor | None = None
+        self.initial_BND = full.hidden_BND if reads_initial else None
         self.shift_B1: Tensor | None = None
+        self.embedded_BPD: Tensor | None = None
+        self.memo: dict[str, Any] = {}
         self._text: TokenStream | None = None
         self._text_masks: dict[int, tuple[Tensor | None, Any]] = {}  # no reduction changes the text
         self._text_slots: tuple[Tensor, Tensor | None] | None = None
@@ -139,7 +155,7 @@ class PromptStreams:
         """Real tokens among the live ones."""
         return torch.ones_like(self.visual_BN) if self.full.valid_BN is None else self.full.valid_BN
 
-    def _slots(self, mask_BN: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def slots(self, mask_BN: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """(index [B, M], valid [B, M] or None) of the tokens in the mask, in order, left-padded to the longest row."""
         longest, valid_BM = left_padding(lengths)
         # Tokens outside the mask sort to the front: a row's padding points at distinct tokens outside it.
@@ -152,7 +168,7 @@ class PromptStreams:
             return self.full
         if self._text is None:
             if self._text_slots is None:
-                self._text_slots = self._slots(self.valid_BN & ~self.visual_BN, self.num_text)
+                self._text_slots = self.slots(self.valid_BN & ~self.visual_BN, self.num_text)
             self._text = self.full.select(*self._text_slots, TEXT_GROUP)
             self._text.masks = self._text_masks
         return self._text
@@ -164,20 +180,26 @@ class PromptStreams:
             self._text = None
         return self.full
 
+    def add_levels(self, layer: int) -> None:
+        """Add to the visual tokens what DeepStack adds behind `layer`, whether that layer ran on them or not."""
+        if self.deepstack is not None:  # the text's share is zero, so it does not matter that it may be out
+            self.full.hidden_BND = self.deepstack.add(self.full.hidden_BND, layer)
+
     def visual_tokens(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(hidden [B, V, D], valid [B, V] or None, rows that have an image [B] or None if all have).
 
         Rows without an image come with an all-True `valid`, for the softmax's sake.
         """
         if self._visual_slots is None:
-            index_BV, valid_BV = self._slots(self.visual_BN, self.num_visual)
+            index_BV, valid_BV = self.slots(self.visual_BN, self.num_visual)
             active_B = None
             if not all(self.num_visual):
                 active_B = to_device(torch.tensor(self.num_visual) > 0, index_BV.device)
                 valid_BV = valid_BV | ~active_B[:, None]
             self._visual_slots = index_BV, valid_BV, active_B
-        if self._visual is None or self._visual[0] is not self.full.hidden_BND:  # until a SELF layer refines them
-            self._visual = self.full.hidden_BND, take(self.full.hidden_BND, self._visual_slots[0])
+        source_BND = self.full.hidden_BND if self.initial_BND is None else self.initial_BND
+        if self._visual is None or self._visual[0] is not source_BND:  # until a SELF layer refines them
+            self._visual = source_BND, take(source_BND, self._visual_slots[0])
         return self._visual[1], *self._visual_slots[1:]
 
     def keep(
@@ -194,23 +216,31 @@ class PromptStreams:
         full, valid_BN = self.full_stream(), self.valid_BN
         stay_BN = keep_BN | (valid_BN & ~self.visual_BN)
         lengths = [text + count for text, count in zip(self.num_text, counts, strict=True)]
-        index_BM, valid_BM = self._slots(stay_BN, lengths)
-        positions_BM = take(self.positions_BN, index_BM)
-        if rotary_of is not None:  # every token moves down by the visual tokens dropped before it
-            dropped_BN = (valid_BN & ~stay_BN).long().cumsum(1)
-            positions_BM = positions_BM - take(dropped_BN, index_BM)
-            gone = torch.tensor([[n - count] for n, count in zip(self.num_visual, counts, strict=True)])
-            gone_B1 = to_device(gone, index_BM.device)
-            self.shift_B1 = gone_B1 if self.shift_B1 is None else self.shift_B1 + gone_B1
+        index_BM, valid_BM = self.slots(stay_BN, lengths)
+        if rotary_of is not None:
+            self.positions, fall_B1 = close_gaps(self.positions, valid_BN, stay_BN)
+            self.shift_B1 = fall_B1 if self.shift_B1 is None else self.shift_B1 + fall_B1
+        self.positions = take(self.positions, index_BM)
         self.full = full.select(index_BM, valid_BM, full.group + 1)
         if rotary_of is not None:
-            self.full.rotary = rotary_of(self.full.hidden_BND, positions_BM)
-        self.positions_BN = positions_BM
+            self.full.rotary = rotary_of(self.full.hidden_BND, self.positions)
+        if self.deepstack is not None:
+            self.deepstack = self.deepstack.take(index_BM)
         self.visual_BN = take(self.visual_BN & stay_BN, index_BM)
+        if self.initial_BND is not None:
+            self.initial_BND = take(self.initial_BND, index_BM)
         self.origin_BN = index_BM if self.origin_BN is None else take(self.origin_BN, index_BM)
         self.last_B1 = torch.full_like(self.last_B1, index_BM.shape[1] - 1)
         self.num_visual = tuple(counts)
         self._text_slots = self._visual_slots = self._visual = None
+
+    def rewrite(self, hidden_BND: Tensor, source_BN: Tensor) -> None:
+        """Give the live tokens new hidden states, and say for which live token each now stands."""
+        self.full_stream().hidden_BND = hidden_BND
+        self.origin_BN = source_BN if self.origin_BN is None else take(self.origin_BN, source_BN)
+        if self.initial_BND is not None:
+            self.initial_BND = take(self.initial_BND, source_BN)
+        self._visual = None
 
     def alive_in_prompt(self, prompt_length: int) -> Tensor:
         """Live visual tokens as a mask over the prompt, [B, P]."""

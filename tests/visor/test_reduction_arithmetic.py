@@ -76,12 +76,12 @@ def test_sides_become_square_counts_and_an_image_scale():
     assert cost.parts["tower"] < full.parts["tower"] / 3.9  # a smaller image costs the tower less, too
 
 
-def test_visor_places_self_before_cross():
+def test_visor_reads_before_it_reworks():
     schedule = METHODS.get("visor")().schedule(LLAVA, 576)
     assert len(schedule.layers_in(LayerMode.SELF)) == len(schedule.layers_in(LayerMode.CROSS)) == 10
     schedule = METHODS.get("visor")(self_layers=2).schedule(TINY, 144)
-    assert schedule.layers_in(LayerMode.CROSS) == (1, 4, 7, 10)
-    assert schedule.layers_in(LayerMode.SELF) == (3, 9)
+    assert schedule.layers_in(LayerMode.CROSS) == (0, 3, 6, 9)
+    assert schedule.layers_in(LayerMode.SELF) == (4, 10)
     assert schedule.visual_tokens == (144,) * 12
     named = METHODS.get("visor")(self_layers="", cross_layers="2,5").schedule(TINY, 9)
     assert (named.layers_in(LayerMode.SELF), named.layers_in(LayerMode.CROSS)) == ((), (2, 5))
@@ -183,9 +183,9 @@ def test_wrong_options_are_named(name, options, message):
         ("fastv", {"layer": 12}, 144, "layers are 0 to 11"),
         ("pooling", {}, 150, "150 is not the square"),
         ("downsample", {}, 150, "150 is not the square"),
-        ("visor", {"self_layers": 5}, 144, r"4 slots \(0,3,6,9\)"),
+        ("visor", {"self_layers": 5}, 144, r"4 slots \(1,4,7,10\)"),
         ("visor", {"self_layers": "12"}, 144, "layers are 0 to 11"),
-        ("visor", {"self_layers": "4"}, 144, "either SELF or CROSS"),
+        ("visor", {"self_layers": "3"}, 144, "either SELF or CROSS"),
         ("pyramiddrop", {"stages": ",".join(["0.5"] * 12)}, 144, "12 stages do not fit"),
     ],
 )

@@ -76,6 +76,11 @@ class FamilyAdapter:
         """The tiles [T, 3, height, width] that the tower sees of ONE image, from what the processor made of it."""
         return pixel_inputs["pixel_values"]
 
+    def tile_layout(self, pixel_inputs: Mapping[str, Tensor]) -> tuple[int, tuple[int, int]]:
+        """Of ONE image: the index of the tile that shows all of it, and the rows and columns of the tiles, in reading
+        order, that show its parts."""
+        return 0, (0, 0)
+
     def pack(self, tiles_TNE: Tensor, pixel_inputs: Mapping[str, Tensor], separator: float | None = None) -> Tensor:
         """Values of the tiles of ONE image in the order in which the decoder sees its visual tokens: [N, E].
 
@@ -104,6 +109,8 @@ def adapter_for(model: nn.Module) -> FamilyAdapter:
         ValueError: the family has no adapter; the message lists those that have.
     """
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if family == "visor":  # a wrapper: what it wraps is of a family
+        return adapter_for(model.base)
     if family not in FAMILIES:
         known = ", ".join(nearest_first(family, FAMILIES.names()))
         raise ValueError(

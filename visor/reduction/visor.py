@@ -1,8 +1,8 @@
 """VISOR: keep every visual token, make the interaction sparse.
 
 Most layers run text only; evenly spaced CROSS layers let the text read the standing visual tokens; a few SELF layers
-rework them. The largest configuration has L/3 of each, a SELF layer right before a CROSS layer that reads what it
-refined; a budget is a number of SELF layers, taken evenly from those slots.
+rework them. The largest configuration has L/3 of each; a budget is a number of SELF layers, taken evenly from those
+slots. A CROSS layer comes first, so that a router before the first slot looks at a text that has read the image.
 """
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ class Visor(Method):
 
     def layers(self, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The SELF and the CROSS layers in a decoder of `num_layers`."""
-        slots = max(1, num_layers // 3)
-        # SELF at the start of each stretch of three layers, CROSS in its middle: with L = 24 at 0, 3, ... and 1, 4, ...
-        self_slots = [slot * num_layers // slots for slot in range(slots)]
-        cross_slots = [(2 * slot + 1) * num_layers // (2 * slots) for slot in range(slots)]
+        self_slots, cross_slots = default_layers(num_layers)
         self_layers = choose("self_layers", self.self_layers, self_slots)
         cross_layers = choose("cross_layers", self.cross_layers, cross_slots)
         for option, layers in (("self_layers", self_layers), ("cross_layers", cross_layers)):
@@ -77,6 +74,14 @@ class Visor(Method):
             subsets = [choose("self_layers", count, named) for count in range(len(named) + 1)]
             return [replace(self, self_layers=",".join(map(str, subset))) for subset in subsets]
         return [replace(self, self_layers=count) for count in range(max(1, geometry.num_layers // 3) + 1)]
+
+
+def default_layers(num_layers: int) -> tuple[list[int], list[int]]:
+    """(SELF slots, CROSS layers), L/3 of each: with L = 24 the layers 1, 4, ... and 0, 3, ..."""
+    count = max(1, num_layers // 3)
+    # CROSS at the start of each stretch of three layers, SELF in its middle.
+    cross_slots = [slot * num_layers // count for slot in range(count)]
+    return [(2 * slot + 1) * num_layers // (2 * count) for slot in range(count)], cross_slots
 
 
 def parse_layers(option: str, text: str) -> tuple[int, ...]:
