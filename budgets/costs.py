@@ -152,7 +152,11 @@ def _vision_parts(geometry: ModelGeometry, schedule: Schedule, tiles: int | None
         tokens = tiles * vision.visual_tokens(schedule.image_scale)
         tower = tiles * tower_flops(vision, vision.grid_side(schedule.image_scale) ** 2)
     # A rule that reads tower features leaves fewer tokens to project; one that reads projected features does not.
-    reduces_tower = schedule.encoder is not None and METHODS.get(schedule.encoder.method).stage == "tower"
+    reduction = schedule.encoder
+    reduces_tower = reduction is not None and METHODS.get(reduction.method).stage in ("inside", "tower")
+    if reduction is not None and METHODS.get(reduction.method).stage == "inside":
+        shorter = METHODS.get(reduction.method)(**dict(reduction.params)).tower_flops(geometry, schedule)
+        tower = tower if shorter is None else tiles * shorter
     if reduces_tower and not vision.packs_tiles:
         tokens = min(tokens, schedule.encoder.keep)
     return tower, projector_flops(vision, tokens)

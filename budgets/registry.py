@@ -31,10 +31,13 @@ class Registry:
         kind: what is registered, in the singular, for messages ("method").
         package: dotted name of the package whose modules register objects when imported.
         entry_point_group: group under which other distributions offer modules to import ("visor.methods").
+        composer: "module:function" that makes an object of a name such as "a+b" and its parts; None if names do not
+            compose.
     """
 
-    def __init__(self, kind: str, package: str, entry_point_group: str) -> None:
+    def __init__(self, kind: str, package: str, entry_point_group: str, composer: str | None = None) -> None:
         self.kind, self.package, self.entry_point_group = kind, package, entry_point_group
+        self.composer = composer
         self._objects: dict[str, Any] = {}
         self._discovered = False
 
@@ -74,8 +77,12 @@ class Registry:
 
         Raises:
             UnknownNameError: no such name; the message lists those that exist, nearest first.
+            ValueError: the parts of a composed name do not go together.
         """
         self._discover()
+        if self.composer is not None and "+" in name:
+            module, _, function = self.composer.partition(":")
+            return getattr(importlib.import_module(module), function)(name, [self.get(p) for p in name.split("+")])
         if name not in self._objects:
             known = ", ".join(nearest_first(name, self.names())) or "none"
             raise UnknownNameError(f"unknown {self.kind} {name!r}; the {self.kind}s that exist, nearest first: {known}")
@@ -88,6 +95,6 @@ class Registry:
         return name in self.names()
 
 
-METHODS = Registry("method", "visor.reduction", "visor.methods")
+METHODS = Registry("method", "visor.reduction", "visor.methods", composer="visor.reduction._compose:compose")
 FAMILIES = Registry("model family", "visor.families", "visor.families")
 TASKS = Registry("task", "evaluations.tasks", "visor.tasks")

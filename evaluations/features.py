@@ -22,6 +22,7 @@ class FeatureKey:
         dtype: number format of the tower.
         image_scale: scale of the image given to the tower, 1.0 is untouched.
         image_key: hash of the pixels.
+        inside: what a method that acts inside the tower left out or merged; empty for the tower's own features.
         group: the images encoded in the same call. Rounding in a matrix product may depend on the size of the batch;
             with the batch in the key, a continued run takes bit-equal features, not merely some of the same image.
     """
@@ -30,6 +31,7 @@ class FeatureKey:
     dtype: str
     image_scale: float
     image_key: str
+    inside: str = ""
     group: str = ""
 
 

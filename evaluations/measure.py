@@ -22,6 +22,7 @@ from evaluations.cells import Lengths, Plan, Planner, Setting, check_sample
 from evaluations.progress import Progress
 from evaluations.records import RunFolder, TimingRecord
 from evaluations.suite import TimingPlan
+from visor.method import tower_reduction
 
 if TYPE_CHECKING:
     from evaluations.task import Sample
@@ -89,14 +90,18 @@ def run_once(
 
     def encode() -> list[Any]:
         features: list[Any] = [None] * len(prepared)
-        for scale in {schedule.image_scale for schedule in schedules}:
-            places = [i for i, schedule in enumerate(schedules) if schedule.image_scale == scale]
-            encoded = loaded.encode([prepared[i] for i in places], setting.method.taps, scale)
+        treatments = [(schedule.image_scale, tower_reduction(schedule)) for schedule in schedules]
+        for scale, inside in set(treatments):
+            places = [i for i, treatment in enumerate(treatments) if treatment == (scale, inside)]
+            options = {} if inside is None else {"inside": inside}
+            encoded = loaded.encode([prepared[i] for i in places], setting.method.taps, scale, **options)
             for i, value in zip(places, encoded, strict=True):
                 features[i] = value
         return features
 
     vision, tower = timed(encode, synchronise)
+    if setting.method.adaptive:
+        schedules = loaded.resolve(vision, schedules)
     states, prefill = timed(lambda: loaded.prefill(prepared, vision, schedules, new_tokens), synchronise)
     _, decode = timed(lambda: loaded.decode(states, new_tokens - 1), synchronise)
     total = Clock(tower.wall_ms + prefill.wall_ms + decode.wall_ms, tower.cpu_ms + prefill.cpu_ms + decode.cpu_ms)

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evaluations.cells import Cell, Lengths, Plan, PlannedTask, Planner, check_sample, digest
@@ -20,6 +21,7 @@ from evaluations.features import FeatureCache, FeatureKey
 from evaluations.metrics import score
 from evaluations.progress import Progress
 from evaluations.records import NUM_EXPLORER_SAMPLES, Manifest, RunFolder, SampleRecord, pack_bits
+from visor.method import tower_reduction
 
 if TYPE_CHECKING:
     from budgets.schedule import Schedule
@@ -173,6 +175,9 @@ class Sweep:
             ids = list(schedules)
             prepared = [inputs.prepared[i] for i in ids]
             vision = self._encode(prepared, [schedules[i] for i in ids])
+            if cell.setting.method.adaptive:
+                resolved = self.loaded.resolve(vision, [schedules[i] for i in ids])
+                schedules = dict(zip(ids, resolved, strict=True))
             answers = self.loaded.generate(prepared, vision, [schedules[i] for i in ids], cell.task.task.max_new_tokens)
             generations = {i: (answer, features) for i, answer, features in zip(ids, answers, vision, strict=True)}
         records = []
@@ -185,19 +190,23 @@ class Sweep:
         return records
 
     def _encode(self, prepared: Sequence[Any], schedules: Sequence[Schedule]) -> list[Any]:
-        """Vision features of each sample, from the cache or from one call for all images of the batch at a scale."""
+        """Vision features of each sample, from the cache or from one call for all images that are encoded alike."""
         features: list[Any] = [None] * len(prepared)
-        for scale in sorted({schedule.image_scale for schedule in schedules}, reverse=True):
-            places = [i for i, schedule in enumerate(schedules) if schedule.image_scale == scale]
+        treatments = [(schedule.image_scale, tower_reduction(schedule)) for schedule in schedules]
+        for scale, inside in sorted(set(treatments), key=lambda t: (-t[0], repr(t[1]))):
+            places = [i for i, treatment in enumerate(treatments) if treatment == (scale, inside)]
             images = {prepared[i].image_key: prepared[i] for i in places}
             group = digest(list(images))
             keys = {
-                image: FeatureKey(self.loaded.checkpoint_sha256, str(self.loaded.dtype), scale, image, group)
+                image: FeatureKey(
+                    self.loaded.checkpoint_sha256, str(self.loaded.dtype), scale, image, repr(inside or ""), group
+                )
                 for image in images
             }
             found = {image: self.cache.get(key) for image, key in keys.items()}
             if any(value is None for value in found.values()):
-                encoded = self.loaded.encode(list(images.values()), self.taps, scale)
+                encode = self.loaded.encode if inside is None else partial(self.loaded.encode, inside=inside)
+                encoded = encode(list(images.values()), self.taps if inside is None else (), scale)
                 found = dict(zip(images, encoded, strict=True))
                 for image, value in found.items():
                     self.cache.put(keys[image], value)

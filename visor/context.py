@@ -2,12 +2,14 @@
 
 Attention is computed for the asked query rows only, from q and k. The N x N matrix never exists.
 
-Shapes: B batch, N live tokens, Q query rows, D hidden width, H heads, G key/value heads, d head width.
+Shapes: B batch, N live tokens, P prompt length, Q query rows, D hidden width, H heads, G key/value heads, d head width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,25 @@ class LayerContext:
         return self.streams.full_stream().hidden_BND
 
     @property
+    def embedded_BPD(self) -> Tensor:
+        """The prompt as it entered layer 0, for methods that say `reads_embeddings`."""
+        assert self.streams.embedded_BPD is not None
+        return self.streams.embedded_BPD
+
+    @property
+    def origin_BN(self) -> Tensor:
+        """Index in the prompt of each live token."""
+        if self.streams.origin_BN is not None:
+            return self.streams.origin_BN
+        batch, num = self.visual_BN.shape
+        return torch.arange(num, device=self.visual_BN.device).expand(batch, num)
+
+    @property
+    def memo(self) -> dict[str, Any]:
+        """What the methods of this prompt have computed at earlier layers; gone with the prompt."""
+        return self.streams.memo
+
+    @property
     def visual_BN(self) -> Tensor:
         """Visual tokens among the live ones."""
         return self.streams.visual_BN
@@ -69,13 +90,26 @@ class LayerContext:
         """Index of each row's last prompt token among the live ones."""
         return self.streams.last_B1
 
+    def slots(self, mask_BN: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Indices [B, M] of the live tokens in a mask, in order, left-padded to the longest row, and which of them are
+        no padding. Padding points at distinct tokens outside the mask.
+
+        Args:
+            lengths: how many tokens of each row are in the mask, known on the host.
+        """
+        index_BM, valid_BM = self.streams.slots(mask_BN, lengths)
+        return index_BM, torch.ones_like(index_BM, dtype=torch.bool) if valid_BM is None else valid_BM
+
     @torch.no_grad()
-    def attention_row(self, queries: Tensor | None = None, layer: int | None = None) -> Tensor:
+    def attention_row(
+        self, queries: Tensor | None = None, layer: int | None = None, weights: Tensor | None = None
+    ) -> Tensor:
         """Softmax attention of some query rows to all live tokens, mean over heads and rows, in fp32: [B, N].
 
         Args:
             queries: indices [B, Q] of live tokens; by default the last prompt token.
             layer: the layer before (default), as it ran; or the layer about to run, on the tokens before reduction.
+            weights: of each query row [B, Q] in the mean; by default all count the same.
 
         Raises:
             ValueError: that layer did not attend to visual tokens, or is another one.
@@ -103,4 +137,43 @@ class LayerContext:
         logits_BHQN = (q_BGXd @ keys.transpose(-1, -2)).view(batch, heads, rows, -1).float() * attention.scaling
         order_N = torch.arange(logits_BHQN.shape[-1], device=logits_BHQN.device)
         seen_B1QN = (self.valid_BN[:, None] & (order_N <= queries[..., None]))[:, None]
-        return logits_BHQN.masked_fill(~seen_B1QN, -torch.inf).softmax(-1).mean((1, 2))
+        rows_BQN = logits_BHQN.masked_fill(~seen_B1QN, -torch.inf).softmax(-1).mean(1)
+        if weights is None:
+            return rows_BQN.mean(1)
+        # A padded row saw nothing and is NaN; where, because 0 * NaN would stay NaN.
+        rows_BQN = torch.where(weights[..., None] > 0, rows_BQN, 0) * weights[..., None]
+        return rows_BQN.sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a reduction leaves.
+
+    Attributes:
+        kept_BN: the live visual tokens that stay, `LayerContext.keep[b]` of each row.
+        hidden_BND, source_BN: for a rule that moves or merges tokens: new hidden states of all live tokens, and the
+            index of the live token for which each now stands. None if every token is as it was.
+    """
+
+    kept_BN: Tensor
+    hidden_BND: Tensor | None = None
+    source_BN: Tensor | None = None
+
+
+def best_scored(title: str, scores_BN: Tensor, context: LayerContext) -> Selection:
+    """The best-scored visual tokens of each row. Of equals the earlier one stays.
+
+    Raises:
+        ValueError: not one score a live token.
+    """
+    visual_BN = context.visual_BN
+    if scores_BN.shape != visual_BN.shape:
+        raise ValueError(
+            f"{title}: score_tokens must score every live token, shape {tuple(visual_BN.shape)}, got "
+            f"{tuple(scores_BN.shape)}"
+        )
+    lowest = torch.finfo(torch.float32).min
+    scores_BN = scores_BN.float().nan_to_num(nan=lowest).clamp(min=lowest)  # any visual token before any other token
+    order_BN = scores_BN.masked_fill(~visual_BN, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    keep_B1 = torch.tensor(context.keep).to(scores_BN.device, non_blocking=True)[:, None]
+    return Selection((order_BN.argsort(dim=1) < keep_B1) & visual_BN)

@@ -25,7 +25,9 @@ from budgets.registry import METHODS, nearest_first
 from budgets.schedule import LayerMode, Reduction, Schedule
 from visor import checkpoint, decoder
 from visor.families.base import FamilyAdapter, adapter_for
+from visor.method import tower_reduction
 from visor.prompt import Generation, PreparedSample, Prompt, kept_over_image, pixel_hash, readable, shortened
+from visor.stopwatch import scoring
 from visor.vision import ReducedFeatures, VisionFeatures, encode_images, project
 
 if TYPE_CHECKING:
@@ -179,13 +181,18 @@ class LoadedModel:
 
     @torch.inference_mode()
     def encode(
-        self, prepared: Sequence[PreparedSample], taps: Collection[str] = (), image_scale: float = 1.0
+        self,
+        prepared: Sequence[PreparedSample],
+        taps: Collection[str] = (),
+        image_scale: float = 1.0,
+        inside: Reduction | None = None,
     ) -> list[VisionFeatures | None]:
         """The tower's features, a row a sample (None without an image); equal images are encoded once.
 
         Args:
             taps: what methods must see of the tower: the union of their `taps`, or `taps_of(schedules)`.
             image_scale: that of the schedules which will use the rows.
+            inside: `visor.method.tower_reduction` of those schedules; such features serve no other method.
         """
         with_image = [sample for sample in prepared if sample.image_key is not None]
         if not with_image:
@@ -198,17 +205,26 @@ class LoadedModel:
             for sample in with_image
         ]
         keys = [sample.image_key for sample in with_image]
-        rows = iter(encode_images(self.adapter, pixels, keys, taps, image_scale))
+        rows = iter(encode_images(self.adapter, pixels, keys, taps, image_scale, inside))
         return [None if sample.image_key is None else next(rows) for sample in prepared]
 
     @torch.inference_mode()
     def reduce(
-        self, vision: Sequence[VisionFeatures | None], schedules: Sequence[Schedule]
+        self,
+        vision: Sequence[VisionFeatures | None],
+        schedules: Sequence[Schedule],
+        prepared: Sequence[PreparedSample] = (),
     ) -> list[ReducedFeatures | None]:
         """What enters the decoder, a row (B = 1) a sample: reduced as the schedule says, and projected.
 
-        Samples of equal shape and equal reduction are computed together.
+        Samples of equal shape and equal reduction are computed together. `prepared` is needed where a method reads
+        the prompt's text.
         """
+        vision = list(vision)
+        for index, sample in enumerate(prepared):
+            encoder = schedules[index].encoder
+            if vision[index] is not None and encoder is not None and METHODS.get(encoder.method).reads_text:
+                vision[index] = replace(vision[index], text=(self.embedded_text(sample),))
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for index, (row, schedule) in enumerate(zip(vision, schedules, strict=True)):
             if row is not None:
@@ -223,15 +239,34 @@ class LoadedModel:
                 results[index] = ReducedFeatures(reduced.features_BTD[row], kept)
         return results
 
+    def embedded_text(self, sample: PreparedSample) -> Tensor:
+        """The prompt's tokens that are not visual, as they enter layer 0: [num_text, D]."""
+        image_ids = set(self.adapter.image_token_ids)
+        ids = torch.tensor([token for token in sample.input_ids if token not in image_ids], device=self.model.device)
+        return self.adapter.decoder.embed_tokens(ids)
+
+    def resolve(self, vision: Sequence[VisionFeatures | None], schedules: Sequence[Schedule]) -> list[Schedule]:
+        """The schedules with the counts that the images ask for, where a method adapts them; the others as they are."""
+        resolved = []
+        for row, schedule in zip(vision, schedules, strict=True):
+            if row is not None and schedule.encoder is not None and METHODS.get(schedule.encoder.method).adaptive:
+                schedule = METHODS.get(schedule.encoder.method)(**dict(schedule.encoder.params)).resolve(schedule, row)
+            resolved.append(schedule)
+        return resolved
+
     def _reduce_stack(self, stack: VisionFeatures, reduction: Reduction | None) -> ReducedFeatures:
         if reduction is None:
             everything_BN = torch.ones(stack.features_BND.shape[:2], dtype=torch.bool, device=self.model.device)
             return ReducedFeatures(project(self.adapter, stack.features_BND, stack.stage), everything_BN)
         method = METHODS.get(reduction.method)(**dict(reduction.params))
+        if stack.inside is not None:
+            features_BTD = project(self.adapter, stack.features_BND, stack.stage)
+            return ReducedFeatures(features_BTD, stack.inside_kept_BM)
         if method.stage == "projected":
             projected_BND = project(self.adapter, stack.features_BND, stack.stage)
             stack = replace(stack, features_BND=projected_BND, stage="projected")
-        reduced = method.reduce_features(stack, reduction.keep)
+        with scoring():
+            reduced = method.reduce_features(stack, reduction.keep)
         num_left = reduced.features_BTD.shape[1]
         if num_left != reduction.keep:
             raise ValueError(f"{method.title} left {num_left} visual tokens where the schedule says {reduction.keep}")
@@ -261,7 +296,7 @@ class LoadedModel:
                 )
             if (row is None) != (sample.image_key is None):
                 raise ValueError("vision features are needed for exactly the samples that have an image")
-        reduced = self.reduce(vision, schedules)
+        reduced = self.reduce(vision, schedules, prepared)
         image_ids = set(self.adapter.image_token_ids)
         prompts = [
             shortened(s.input_ids, image_ids, sc.decoder_visual) for s, sc in zip(prepared, schedules, strict=True)
@@ -360,6 +395,12 @@ class LoadedModel:
                 raise ValueError(
                     f"the schedule has {schedule.num_layers} layers, the decoder {self.geometry.num_layers}"
                 )
+            needed = schedule.encoder and METHODS.get(schedule.encoder.method).needs_config
+            if needed and not getattr(self.model.config, needed, None):
+                raise ValueError(
+                    f"{METHODS.get(schedule.encoder.method).title} runs on models trained for it, whose config says so "
+                    f"by {needed!r}; this model's does not. `pooling` is the same without training"
+                )
             blocks = {int(layer) for layer in getattr(self.adapter.decoder, "cross_blocks", {})}
             missing = set(schedule.layers_in(LayerMode.CROSS)) - blocks
             if missing:
@@ -434,5 +475,9 @@ def _check_row(row: VisionFeatures, schedule: Schedule) -> None:
             f"the vision features were encoded at image_scale={row.image_scale}, the schedule needs "
             f"{schedule.image_scale}"
         )
-    if schedule.image_scale == 1.0 and row.num_tokens != schedule.source_visual:
+    if row.inside != tower_reduction(schedule):
+        raise ValueError(
+            f"the vision features were encoded with inside={row.inside}, the schedule needs {tower_reduction(schedule)}"
+        )
+    if row.inside is None and schedule.image_scale == 1.0 and row.num_tokens != schedule.source_visual:
         raise ValueError(f"the tower gave {row.num_tokens} tokens, the schedule is made for {schedule.source_visual}")

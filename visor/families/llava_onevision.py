@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import Tensor
-from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+)
 
 from budgets.registry import FAMILIES
 from visor.families.base import FamilyAdapter
@@ -34,6 +37,12 @@ class LlavaOnevisionAdapter(FamilyAdapter):
             patch_size=config.vision_config.image_size,
         )
         return pixels[0, :num_tiles]
+
+    def tile_layout(self, pixel_inputs: Mapping[str, Tensor]) -> tuple[int, tuple[int, int]]:
+        """The base crop comes first."""
+        config = self.model.config
+        size, side = pixel_inputs["image_sizes"][0], config.vision_config.image_size
+        return 0, tuple(get_anyres_image_grid_shape(size, config.image_grid_pinpoints, side))
 
     def pack(self, tiles_TNE: Tensor, pixel_inputs: Mapping[str, Tensor], separator: float | None = None) -> Tensor:
         """Tiles unpadded into rows, each closed by the learned newline (or by `separator`)."""

@@ -33,6 +33,7 @@ class FastV(Method):
 
     title: ClassVar[str] = "FastV"
     paper: ClassVar[str] = "Chen et al., An Image is Worth 1/2 Tokens After Layer 2, ECCV 2024"
+    looks_back: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_integer(self.title, "layer", self.layer, 1, " (it reads the attention of the layer before)")

@@ -32,6 +32,7 @@ class Visor(Method):
     title: ClassVar[str] = "VISOR"
     paper: ClassVar[str] = "Bulat et al., VISion On Request, CVPR 2026, arXiv 2603.23495"
     trained: ClassVar[bool] = True
+    changes_modes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option in ("self_layers", "cross_layers"):

@@ -1,0 +1,57 @@
+"""Time spent on choosing tokens, apart from running them: off by default, switched on around what is to be measured.
+
+    with scoring_clock(synchronise) as clock:
+        loaded.prefill(...)
+    clock.wall_ms, clock.cpu_ms
+
+Taps of the tower, an encoder-side rule and each in-decoder rule report here. The clock waits for the device before and
+after each of them, so a measured pass is slower than an unmeasured one: time a prefill and its scoring in runs apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass
+class ScoringClock:
+    """What choosing tokens has taken so far, in milliseconds; `num_calls` counts the pieces."""
+
+    synchronise: Callable[[], None]
+    wall_ms: float = 0.0
+    cpu_ms: float = 0.0
+    num_calls: int = 0
+
+
+_CLOCK: ContextVar[ScoringClock | None] = ContextVar("scoring clock", default=None)
+
+
+@contextmanager
+def scoring_clock(synchronise: Callable[[], None] = lambda: None) -> Iterator[ScoringClock]:
+    """Within it, every `scoring()` block adds to the clock. `synchronise` waits for the device."""
+    clock = ScoringClock(synchronise)
+    token = _CLOCK.set(clock)
+    try:
+        yield clock
+    finally:
+        _CLOCK.reset(token)
+
+
+@contextmanager
+def scoring() -> Iterator[None]:
+    """Work that decides which tokens stay."""
+    clock = _CLOCK.get()
+    if clock is None:
+        yield
+        return
+    clock.synchronise()
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    clock.synchronise()
+    clock.wall_ms += (time.perf_counter() - wall) * 1e3
+    clock.cpu_ms += (time.process_time() - cpu) * 1e3
+    clock.num_calls += 1
