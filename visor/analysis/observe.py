@@ -1,0 +1,65 @@
+"""Looking at a dense prefill layer by layer, without storing it: a function is called with what enters each layer.
+
+Shapes: B batch (always 1 here), N prompt tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from budgets.schedule import dense
+
+if TYPE_CHECKING:
+    from visor.inference import LoadedModel
+    from visor.prompt import PreparedSample
+    from visor.vision import VisionFeatures
+
+Look = Callable[[int, Tensor, Any], None]
+"""Called as look(layer, hidden [1, N, D], rotary): what enters `layer`; rotary is None after the last one."""
+
+
+@contextmanager
+def looking(decoder: nn.Module, look: Look) -> Iterator[None]:
+    """Within it, every forward of a layer is shown to `look`; index `num_layers` is what leaves the last layer."""
+    last = len(decoder.layers)
+
+    def before(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            look(layer, args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings"))
+
+        return hook
+
+    def after(_module: nn.Module, _args: tuple, output: Any) -> None:
+        look(last, output if isinstance(output, Tensor) else output[0], None)
+
+    handles = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)]
+    handles.append(decoder.layers[-1].register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def watch(loaded: LoadedModel, prepared: PreparedSample, vision: VisionFeatures, look: Look) -> None:
+    """Run one sample's prompt densely under the eyes of `look`."""
+    with looking(loaded.adapter.decoder, look):
+        loaded.prefill([prepared], [vision], [dense(loaded.geometry.num_layers, prepared.num_visual)])
+
+
+def visual_places(loaded: LoadedModel, prepared: PreparedSample) -> Tensor:
+    """Indices of the visual tokens in the prompt, on the host.
+
+    Raises:
+        ValueError: the sample has no image.
+    """
+    if prepared.num_visual == 0:
+        raise ValueError("these analyses are about images, but the sample has no image")
+    image_ids = torch.tensor(loaded.adapter.image_token_ids)
+    return torch.isin(torch.tensor(prepared.input_ids), image_ids).nonzero().flatten()
