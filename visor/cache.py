@@ -9,8 +9,10 @@ Shapes: B batch, H key/value heads, K cached tokens, V visual tokens, d head wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visor.compat import Cache, DynamicCache, DynamicLayer
@@ -33,7 +35,7 @@ class ElasticLayer(DynamicLayer):
 
     def _forget(self) -> None:
         self.valid_BK: Tensor | None = None
-        self.group = 0
+        self.group: Hashable = 0
         self.shift_B1: Tensor | None = None
         self.shift_group = 0
         self.cross: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
@@ -65,6 +67,54 @@ class ElasticLayer(DynamicLayer):
         if tokens_to_remove and self.valid_BK is not None:
             self.valid_BK = self.valid_BK[:, : -abs(tokens_to_remove)]
 
+    def join(self, parts: Sequence[ElasticLayer], order: Tensor) -> None:
+        """Fill this empty layer with the rows of several, padded on the left to the longest.
+
+        Args:
+            order: place of each row among the rows of all parts, one part after the other.
+        """
+        rows = lambda values: torch.cat(values).index_select(0, order)
+        longest = max(part.get_seq_length() for part in parts)
+        self.update(*(rows([_pad(getattr(p, name), longest) for p in parts]) for name in ("keys", "values")))
+        if any(p.valid_BK is not None or p.get_seq_length() < longest for p in parts):
+            self.valid_BK = rows([_pad_mask(p.valid_BK, p.keys, longest) for p in parts])
+        self.group = tuple(part.group for part in parts)
+        assert all(part.shift_B1 is None for part in parts), "a batch whose rows part does not reduce"
+        if any(part.cross is not None for part in parts):
+            self._join_cross(parts, rows)
+
+    def _join_cross(self, parts: Sequence[ElasticLayer], rows: Callable[[list[Tensor]], Tensor]) -> None:
+        """The same for the visual tokens; rows that read none are inactive, and all valid for the softmax's sake."""
+        crosses, some = [part.cross for part in parts], next(part.cross for part in parts if part.cross is not None)
+        longest = max(cross[0].shape[-2] for cross in crosses if cross is not None)
+        keys, values, valid, active = [], [], [], []
+        for part, cross in zip(parts, crosses, strict=True):
+            batch = part.keys.shape[0]
+            if cross is None:
+                _, heads, _, width = some[0].shape
+                empty = some[0].new_zeros(batch, heads, longest, width)
+                cross = empty, empty, None, torch.zeros(batch, dtype=torch.bool, device=empty.device)
+            keys.append(_pad(cross[0], longest))
+            values.append(_pad(cross[1], longest))
+            valid.append(_pad_mask(cross[2], cross[0], longest))
+            ones = torch.ones(batch, dtype=torch.bool, device=keys[0].device)
+            active.append(ones if cross[3] is None else cross[3])
+        masked = any(c is not None and (c[2] is not None or c[0].shape[-2] < longest) for c in crosses)
+        partly = any(c is None or c[3] is not None for c in crosses)
+        self.cross = rows(keys), rows(values), rows(valid) if masked else None, rows(active) if partly else None
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    """Keys or values [B, H, K, d] with zeros before them."""
+    return F.pad(x, (0, 0, length - x.shape[-2], 0))
+
+
+def _pad_mask(valid_BK: Tensor | None, keys: Tensor, length: int) -> Tensor:
+    """Which of the padded keys are real, [B, length]."""
+    if valid_BK is None:
+        valid_BK = torch.ones(keys.shape[0], keys.shape[-2], dtype=torch.bool, device=keys.device)
+    return F.pad(valid_BK, (length - valid_BK.shape[1], 0))
+
 
 class ElasticCache(DynamicCache):
     """One `ElasticLayer` a decoder layer, and the length of the sequence that the model has seen."""
@@ -85,6 +135,17 @@ class ElasticCache(DynamicCache):
             num_fixed: how many of its first tokens must not be cropped.
         """
         self.num_skipped, self.num_fixed = prompt_length - super().get_seq_length(0), num_fixed
+
+    def join(self, start: int, parts: Sequence[tuple[Sequence[int], ElasticCache]]) -> None:
+        """Fill the layers from `start` on with what groups of rows have cached, each in a cache of its own.
+
+        Args:
+            parts: the rows of each group, and its cache.
+        """
+        order = torch.tensor([row for members, _ in parts for row in members]).argsort()
+        for i in range(start, len(self.layers)):
+            layers = [part.layers[i] for _, part in parts]
+            self.layers[i].join(layers, order.to(layers[0].keys.device))
 
     @classmethod
     def adopt(cls, cache: Cache | None, num_layers: int) -> ElasticCache | None:

@@ -25,12 +25,15 @@ __all__ = [
     "GradientCheckpointingLayer",
     "capture_outputs",
     "causal_mask",
+    "deepstack_output",
     "image_output",
     "initialization",
     "merge_with_config_defaults",
     "register_recordable",
     "rotated_heads",
     "uses_sliding_window",
+    "vision_rotated",
+    "vision_window_index",
 ]
 
 
@@ -43,7 +46,13 @@ def register_recordable(cls: type) -> None:
 
 
 def causal_mask(
-    config: Any, hidden_BND: Tensor, valid_BK: Tensor | None, cache: Cache | None, layer: int, positions: Tensor | None
+    config: Any,
+    hidden_BND: Tensor,
+    valid_BK: Tensor | None,
+    cache: Cache | None,
+    layer: int,
+    positions: Tensor | None,
+    segment_BN: Tensor | None = None,
 ) -> Any:
     """The family's own causal mask for queries at the end of a cache layer, in the form its attention kernel takes.
 
@@ -52,7 +61,14 @@ def causal_mask(
         layer: cache layer whose length sizes the mask; layers may differ.
         positions: pass position ids only where the tokens are a whole prompt. Gaps in them make transformers believe
             that several sequences are packed into one row.
+        segment_BN: where several texts are packed into one row: a token sees segment 0 and its own only.
     """
+    same_segment = None
+    if segment_BN is not None:
+
+        def same_segment(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (segment_BN[batch, key] == 0) | (segment_BN[batch, key] == segment_BN[batch, query])
+
     return create_causal_mask(
         config=config,
         inputs_embeds=hidden_BND,
@@ -60,6 +76,7 @@ def causal_mask(
         past_key_values=cache,
         position_ids=positions,
         layer_idx=layer,
+        and_mask_function=same_segment,
     )
 
 
@@ -77,6 +94,27 @@ def rotated_heads(attention: nn.Module, which: str, hidden_BND: Tensor, rotary: 
     rotate_half = sys.modules[type(attention).__module__].rotate_half
     cos_B1Nd, sin_B1Nd = (part.unsqueeze(1) for part in rotary)
     return heads_BHNd * cos_B1Nd + rotate_half(heads_BHNd) * sin_B1Nd
+
+
+def deepstack_output(features: list[Tensor], levels: list[list[Tensor]]) -> Any:
+    """The same for Qwen3-VL: `levels` by level, then by image."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=levels)
+
+
+def vision_window_index(grid_thw: Tensor, tower: nn.Module) -> Tensor:
+    """Order in which Qwen2.5-VL's tower puts the cells of images: window by window."""
+    from transformers.vision_utils import get_vision_window_index
+
+    index, _ = get_vision_window_index(grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+    return index
+
+
+def vision_rotated(attention: nn.Module, q_SHd: Tensor, k_SHd: Tensor, angles: tuple[Tensor, Tensor]) -> Any:
+    """Queries and keys of a Qwen-VL tower block after its RoPE, by the family's own function."""
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    return rotate(q_SHd, k_SHd, *angles)
 
 
 def image_output(features: list[Tensor]) -> BaseModelOutputWithPooling:

@@ -33,14 +33,14 @@ from visor.compat import (
 )
 from visor.context import LayerContext
 from visor.cross_attention import CrossAttentionBlock
-from visor.execution import KeepMasks, KeepRecord, Run
 from visor.deepstack import DeepStack
+from visor.execution import Choose, KeepMasks, KeepRecord, Run, parting_layer
 from visor.families.base import adapter_for
 from visor.positions import fallen, rotary, split_position_ids
 from visor.stopwatch import scoring
 from visor.streams import PromptLayout, PromptStreams, TokenStream
 
-CallLayer = Callable[[int, TokenStream], None]
+CallLayer = Callable[[int, TokenStream, ElasticCache | None], None]
 
 __all__ = ["ElasticDecoder", "LayerContext", "install", "running"]
 
@@ -115,15 +115,20 @@ class ElasticDecoder:
         positions, running_ids = split_position_ids(position_ids, self.rotary_emb)
         deepstack = DeepStack.of(deepstack_visual_embeds, visual_pos_masks)
         layout, self._layout = self._layout, None
-        call = functools.partial(self._run_layer, cache=cache, use_cache=use_cache, **kwargs)
+        call = functools.partial(self._run_layer, use_cache=use_cache, **kwargs)
         if num_seen:
             last_hidden_state = self._continue(hidden_BND, attention_mask, positions, cache, call, deepstack)
         else:
             run = self._run or Run.unscheduled(len(self.layers))
             layout = run.layout(layout, hidden_BND.shape[:2], attention_mask)
             # transformers makes the mask of the running numbers, and of none if they are not given beside the others.
-            running_ids = running_ids if run.is_dense else None
+            segment_BP = run.segments(layout)
+            running_ids = running_ids if run.is_dense and segment_BP is None else None
             streams = self._streams(layout, hidden_BND, attention_mask, positions, running_ids, deepstack)
+            if segment_BP is not None:
+                if cache is not None:
+                    raise ValueError("texts packed into one row run without a cache; pass use_cache=False")
+                streams.full.segment_BN = segment_BP.to(hidden_BND.device)
             last_hidden_state = self._prefill(run, layout, streams, cache, call)
         return BaseModelOutputWithPast(last_hidden_state=last_hidden_state, past_key_values=cache)
 
@@ -159,12 +164,19 @@ class ElasticDecoder:
         if any(method.reads_embeddings for method in run.methods.values()):
             streams.embedded_BPD = streams.full.hidden_BND
         self._record = KeepRecord(layout)
-        self._run_layers(0, run, rows, streams, cache, call)
+        prompt_length, start = layout.visual_BP.shape[1], 0
+        if run.choose is not None:
+            start = parting_layer(run.schedules)
+            self._run_layers(range(start), run, rows, streams, cache, call)
+            rows = [run.schedules[index] for index in run.choose(streams)]
+        if run.stop:
+            return streams.full_stream().hidden_BND
+        hidden_BPD = self._run_rows(start, run, rows, streams, cache, call, prompt_length)
         if cache is not None:
-            cache.end_prefill(layout.visual_BP.shape[1], run.num_fixed(layout))
-        return streams.prompt_hidden(self.norm, layout.visual_BP.shape[1])
+            cache.end_prefill(prompt_length, run.num_fixed(layout))
+        return hidden_BPD
 
-    def _run_layers(
+    def _run_rows(
         self,
         start: int,
         run: Run,
@@ -172,10 +184,44 @@ class ElasticDecoder:
         streams: PromptStreams,
         cache: ElasticCache | None,
         call: CallLayer,
+        prompt_length: int,
+    ) -> Tensor:
+        """Run the layers from `start` on: final hidden states [B, P, D].
+
+        As long as the rows' schedules agree, the batch runs as one. Where they part, rows of one mode go on together,
+        each group with a cache of its own, and all come together again at the end: what is shared runs once.
+        """
+        end = parting_layer(rows, start)
+        self._run_layers(range(start, end), run, rows, streams, cache, call)
+        if end == len(self.layers):
+            return streams.prompt_hidden(self.norm, prompt_length)
+        groups: dict[LayerMode, list[int]] = {}
+        for row, schedule in enumerate(rows):
+            groups.setdefault(schedule.layers[end].mode, []).append(row)
+        hidden, caches = [], []
+        for members in groups.values():
+            own = None if cache is None else ElasticCache(len(self.layers))
+            mine = [rows[i] for i in members]
+            hidden.append(self._run_rows(end, run, mine, streams.rows(members), own, call, prompt_length))
+            caches.append((members, own))
+        if cache is not None:
+            cache.join(end, caches)
+        order = torch.tensor([row for members in groups.values() for row in members]).argsort()
+        return torch.cat(hidden).index_select(0, order.to(hidden[0].device))
+
+    def _run_layers(
+        self,
+        layers: range,
+        run: Run,
+        rows: list[Schedule],
+        streams: PromptStreams,
+        cache: ElasticCache | None,
+        call: CallLayer,
     ) -> None:
-        """Run the layers from `start` on. `rows` holds one schedule a row, of one structure."""
+        """Run some layers. `rows` holds one schedule a row, and they agree on these layers."""
         ops, before, h_in = rows[0].layers, None, None
-        for i, op in enumerate(ops[start:], start):
+        for i in layers:
+            op = ops[i]
             if op.reduce is not None:
                 keys = None
                 if cache is not None and h_in is not None and cache.layers[i - 1].is_initialized:
@@ -195,7 +241,7 @@ class ElasticDecoder:
             if cache is not None:
                 held = cache.layers[i]
                 held.group, held.shift_B1, held.shift_group = stream.group, streams.shift_B1, streams.full.group
-            call(i, stream)
+            call(i, stream, cache)
             streams.add_levels(i)
 
     def _reduce(self, run: Run, context: LayerContext) -> None:
@@ -208,7 +254,9 @@ class ElasticDecoder:
                 kept_BN = forced_BP if streams.origin_BN is None else forced_BP.gather(1, streams.origin_BN)
                 kept_BN = kept_BN & streams.visual_BN
                 if run.methods[layer].merges:
-                    raise ValueError(f"keep_masks[{layer}]: {run.methods[layer].title} merges tokens, a mask is not all")
+                    raise ValueError(
+                        f"keep_masks[{layer}]: {run.methods[layer].title} merges tokens, a mask is not all"
+                    )
             else:
                 with torch.no_grad(), scoring():
                     selection = run.methods[layer].select_tokens(context)
@@ -251,7 +299,7 @@ class ElasticDecoder:
                 keys, values, valid_BV, active_B = held.cross
                 block = self.cross_blocks[str(i)]
                 stream.hidden_BND, _ = block(stream.hidden_BND, None, valid_BV, active_B, (keys, values))
-            call(i, stream)
+            call(i, stream, cache)
             if deepstack is not None:  # new images in a later turn, under a dense schedule
                 stream.hidden_BND = deepstack.add(stream.hidden_BND, i)
         return self.norm(stream.hidden_BND)
@@ -267,7 +315,7 @@ class ElasticDecoder:
                 ones = functools.partial(torch.ones, dtype=torch.bool, device=stream.hidden_BND.device)
                 old = ones(batch, held.get_seq_length()) if held.valid_BK is None else held.valid_BK
                 valid_BK = torch.cat([old, ones(batch, num_new) if valid_BK is None else valid_BK], 1)
-            mask = causal_mask(self.config, stream.hidden_BND, valid_BK, cache, i, stream.positions)
+            mask = causal_mask(self.config, stream.hidden_BND, valid_BK, cache, i, stream.positions, stream.segment_BN)
             stream.masks[group] = valid_BK, mask
         valid_BK, mask = stream.masks[group]
         if held is not None:
@@ -371,16 +419,25 @@ def running(
     *,
     keep_masks: KeepMasks | None = None,
     visual: Tensor | None = None,
+    segments: Tensor | None = None,
+    choose: Choose | None = None,
+    stop: bool = False,
 ) -> Iterator[nn.Module]:
     """Within this context, `model(...)` and `model.generate(...)` execute the schedule.
 
     Later tokens of a conversation follow what the prompt has left in the cache; they need no schedule.
 
     Args:
-        schedules: one for the whole batch, or one a sample, all of one `.structure`. Their encoder parts are the
-            caller's: feed reduced features and as many image tokens.
+        schedules: one for the whole batch, or one a sample; where they part, the batch does. With reductions inside the
+            decoder they must have one `.structure`. Their encoder parts are the caller's: feed reduced features and as
+            many image tokens.
         keep_masks: choices to use instead of the methods' scores, {layer: [mask [N_v] of each sample]} over the
             sample's own visual tokens, as `last_kept_by_layer` returns them.
+        segments: for training, without a cache: several texts in one row behind its image. [B, P]: 0 what all see (the
+            image, and text before it), 1, 2, ... the texts; -1 padding. Give position ids too.
+        choose: `schedules` are then alternatives. Before the layer where they first part it is called with the batch
+            so far, and says by index which of them each row runs.
+        stop: end there; what the model returns means nothing.
         visual: which prompt tokens are visual, bool [B, P], where `input_ids` do not tell (a bare decoder call).
 
     Raises:
@@ -390,7 +447,8 @@ def running(
     if not isinstance(decoder, ElasticDecoder):
         raise ValueError(f"{type(model).__name__} cannot run schedules yet: call visor.decoder.install(model) first")
     schedules = (schedules,) if isinstance(schedules, Schedule) else tuple(schedules)
-    previous, decoder._run = decoder._run, Run.of(decoder, schedules, keep_masks, visual)
+    run = Run.of(decoder, schedules, keep_masks, visual, segments, choose, stop)
+    previous, decoder._run = decoder._run, run
     try:
         yield model
     finally:

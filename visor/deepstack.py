@@ -46,6 +46,10 @@ class DeepStack:
         """Of the tokens at `index_BM` only."""
         return replace(self, row_BN=self.row_BN.gather(1, index_BM))
 
+    def rows(self, index: Tensor) -> DeepStack:
+        """Of some rows only."""
+        return replace(self, row_BN=self.row_BN.index_select(0, index.to(self.row_BN.device)))
+
     def add(self, hidden_BND: Tensor, layer: int) -> Tensor:
         """Hidden states behind `layer`, with its level if it has one."""
         if layer >= len(self.levels):

@@ -5,7 +5,7 @@ Shapes: B batch, P prompt length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,20 +15,30 @@ from torch import Tensor, nn
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Positions, Schedule, dense
 from visor.compat import uses_sliding_window
-from visor.streams import PromptLayout
+from visor.streams import PromptLayout, PromptStreams
 
 KeepMasks = Mapping[int, Sequence[Tensor]]
+Choose = Callable[[PromptStreams], Sequence[int]]
+
+
+def parting_layer(schedules: Sequence[Schedule], start: int = 0) -> int:
+    """The first layer from `start` on whose mode is not the same in all schedules; the number of layers if none."""
+    first = schedules[0]
+    for layer in range(start, first.num_layers):
+        if any(schedule.layers[layer].mode is not first.layers[layer].mode for schedule in schedules):
+            return layer
+    return first.num_layers
 
 
 @dataclass(frozen=True)
 class Run:
-    """Schedules of one structure, and the methods that choose tokens in them.
+    """Schedules, and the methods that choose tokens in them.
 
     Attributes:
-        schedules: one for all samples, or one a sample.
+        schedules: one for all samples, or one a sample; with `choose`, the alternatives.
         methods: by layer, the method whose reduction stands before it.
         unmodified: True if the family's own forward must run (a dense schedule on sliding-window layers).
-        keep_masks, visual_BP: see `visor.decoder.running`.
+        keep_masks, visual_BP, segment_BP, choose, stop: see `visor.decoder.running`.
     """
 
     schedules: tuple[Schedule, ...]
@@ -36,6 +46,9 @@ class Run:
     unmodified: bool = False
     keep_masks: KeepMasks | None = None
     visual_BP: Tensor | None = None
+    segment_BP: Tensor | None = None
+    choose: Choose | None = None
+    stop: bool = False
 
     @classmethod
     def unscheduled(cls, num_layers: int) -> Run:
@@ -44,7 +57,14 @@ class Run:
 
     @classmethod
     def of(
-        cls, decoder: nn.Module, schedules: tuple[Schedule, ...], keep_masks: KeepMasks | None, visual: Tensor | None
+        cls,
+        decoder: nn.Module,
+        schedules: tuple[Schedule, ...],
+        keep_masks: KeepMasks | None = None,
+        visual: Tensor | None = None,
+        segments: Tensor | None = None,
+        choose: Choose | None = None,
+        stop: bool = False,
     ) -> Run:
         """Check the schedules against a decoder.
 
@@ -54,12 +74,17 @@ class Run:
         if not schedules:
             raise ValueError("running() needs at least one schedule")
         first, num_layers = schedules[0], len(decoder.layers)
-        if any(schedule.structure != first.structure for schedule in schedules):
-            raise ValueError("schedules of one batch must share their structure (counts may differ); group the samples")
-        if first.num_layers != num_layers:
-            raise ValueError(f"the schedule has {first.num_layers} layers, the decoder has {num_layers}")
+        reduces = any(op.reduce for schedule in schedules for op in schedule.layers)
+        if reduces and any(schedule.structure != first.structure for schedule in schedules):
+            raise ValueError(
+                "schedules of one batch that reduce inside the decoder must share their structure (counts may differ); "
+                "group the samples"
+            )
+        if wrong := [schedule.num_layers for schedule in schedules if schedule.num_layers != num_layers]:
+            raise ValueError(f"the schedule has {wrong[0]} layers, the decoder has {num_layers}")
         blocks = {int(i) for i in getattr(decoder, "cross_blocks", {})}
-        if missing := [i for i in first.layers_in(LayerMode.CROSS) if i not in blocks]:
+        cross_layers = sorted({i for schedule in schedules for i in schedule.layers_in(LayerMode.CROSS)})
+        if missing := [i for i in cross_layers if i not in blocks]:
             raise ValueError(
                 f"layers {missing} are CROSS, but have no cross-attention block (layers with one: {sorted(blocks)}); "
                 f"call install(model, cross_layers={missing})"
@@ -68,10 +93,10 @@ class Run:
         if unknown := sorted(set(keep_masks or ()) - set(reductions)):
             raise ValueError(f"keep_masks for layers {unknown}, the schedule reduces before {sorted(reductions)}")
         methods = {i: METHODS.get(r.method)(**dict(r.params)) for i, r in reductions.items()}
-        run = cls(schedules, methods, keep_masks=keep_masks, visual_BP=visual)
+        run = cls(schedules, methods, False, keep_masks, visual, segments, choose, stop)
         if not uses_sliding_window(decoder.config):
             return run
-        if run.is_dense:
+        if run.is_dense and segments is None:
             return cls(schedules, unmodified=True)
         raise ValueError(
             "this decoder has sliding-window layers: their window counts cached tokens, and dropped tokens would widen "
@@ -81,7 +106,8 @@ class Run:
     @property
     def is_dense(self) -> bool:
         """True if every layer runs on every token."""
-        return all(op.mode is LayerMode.SELF and op.reduce is None for op in self.schedules[0].layers)
+        ops = (op for schedule in self.schedules for op in schedule.layers)
+        return all(op.mode is LayerMode.SELF and op.reduce is None for op in ops)
 
     @property
     def positions(self) -> Positions:
@@ -103,6 +129,8 @@ class Run:
             ValueError: the number of schedules or their numbers of visual tokens do not fit the batch.
         """
         batch, num = len(layout.num_visual), len(self.schedules)
+        if self.choose is not None:  # until they part, the alternatives are one
+            return [self.schedules[0]] * batch
         if batch % num:
             raise ValueError(f"{num} schedules for a batch of {batch}: give one for all samples, or one a sample")
         rows = [schedule for schedule in self.schedules for _ in range(batch // num)]
@@ -114,6 +142,23 @@ class Run:
                         "give each sample its own schedule"
                     )
         return rows
+
+    def segments(self, layout: PromptLayout) -> Tensor | None:
+        """The packed texts of each row, [B, P]; None where a row is one text.
+
+        Raises:
+            ValueError: another shape, or visual tokens outside segment 0, which is seen by all.
+        """
+        if self.segment_BP is None:
+            return None
+        if self.segment_BP.shape != layout.visual_BP.shape:
+            shapes = tuple(layout.visual_BP.shape), tuple(self.segment_BP.shape)
+            raise ValueError(f"segments must have the prompt's shape {shapes[0]}, got {shapes[1]}")
+        hidden = (self.segment_BP.to("cpu") != 0) & layout.visual_BP
+        if hidden.any():
+            rows = hidden.any(1).nonzero().flatten().tolist()
+            raise ValueError(f"rows {rows} have visual tokens outside segment 0; every text of a row sees its image")
+        return self.segment_BP
 
     def num_fixed(self, layout: PromptLayout) -> int:
         """How many first tokens of the prompt decide what the cache holds: all that methods' scores have looked at."""

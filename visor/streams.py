@@ -9,6 +9,7 @@ Shapes: B batch, N live tokens, M selected tokens, T text tokens, V visual token
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +96,7 @@ class TokenStream:
         valid_BN: real tokens; None if all are.
         group: names the set of tokens; layers with one group share masks and cache lengths.
         positions: position ids, where the stream is the whole prompt (see `compat.causal_mask`).
+        segment_BN: where several texts are packed into a row, which one a token belongs to; 0 is seen by all.
         masks: (valid keys, attention mask) by cache group, shared by all layers that run on this stream.
     """
 
@@ -103,11 +105,14 @@ class TokenStream:
     valid_BN: Tensor | None = None
     group: int = 0
     positions: Tensor | None = None
+    segment_BN: Tensor | None = None
     masks: dict[int, tuple[Tensor | None, Any]] = field(default_factory=dict)
 
     def select(self, index_BM: Tensor, valid_BM: Tensor | None, group: int) -> TokenStream:
         cos, sin = self.rotary
-        return TokenStream(take(self.hidden_BND, index_BM), (take(cos, index_BM), take(sin, index_BM)), valid_BM, group)
+        segment_BM = None if self.segment_BN is None else take(self.segment_BN, index_BM)
+        rotary = take(cos, index_BM), take(sin, index_BM)
+        return TokenStream(take(self.hidden_BND, index_BM), rotary, valid_BM, group, segment_BN=segment_BM)
 
 
 class PromptStreams:
@@ -201,6 +206,33 @@ class PromptStreams:
         if self._visual is None or self._visual[0] is not source_BND:  # until a SELF layer refines them
             self._visual = source_BND, take(source_BND, self._visual_slots[0])
         return self._visual[1], *self._visual_slots[1:]
+
+    def rows(self, members: Sequence[int]) -> PromptStreams:
+        """Some of the rows, on their way alone. No longer than the longest of them."""
+        full = self.full_stream()
+        batch, longest = full.hidden_BND.shape[:2]
+        index = to_device(torch.tensor(members), full.hidden_BND.device)
+        pick = lambda x: x if x is None or x.shape[0] != batch else x.index_select(0, index)
+        part = copy.copy(self)
+        part.num_text = tuple(self.num_text[i] for i in members)
+        part.num_visual = tuple(self.num_visual[i] for i in members)
+        lengths = [text + visual for text, visual in zip(part.num_text, part.num_visual, strict=True)]
+        cos, sin = full.rotary
+        part.full = TokenStream(
+            pick(full.hidden_BND),
+            (pick(cos), pick(sin)),
+            None if min(lengths) == longest else pick(full.valid_BN),
+            full.group,
+            segment_BN=pick(full.segment_BN),
+        )
+        for name in ("positions", "visual_BN", "last_B1", "origin_BN", "initial_BND", "shift_B1", "embedded_BPD"):
+            setattr(part, name, pick(getattr(self, name)))
+        part.deepstack = None if self.deepstack is None else self.deepstack.rows(index)
+        part.memo, part._text, part._text_masks = {}, None, {}
+        part._text_slots = part._visual_slots = part._visual = None
+        if max(lengths) < longest:
+            part.keep(part.visual_BN, part.num_visual)
+        return part
 
     def keep(
         self, keep_BN: Tensor, counts: Sequence[int], rotary_of: Callable[[Tensor, Tensor], Any] | None = None

@@ -29,7 +29,7 @@ def test_running_needs_install():
         ([], "at least one schedule"),
         ([dense(NUM_LAYERS + 1, 16)], "7 layers, the decoder has 6"),
         ([schedule("tctctc", 16)], r"layers \[3, 5\] are CROSS.*layers with one: \[1\]"),
-        ([schedule("tttttt", 16), schedule("ssssss", 16)], "share their structure"),
+        ([schedule("ssssss", 16, {2: 0.5}), schedule("ssssss", 16)], "share their structure"),
         ([schedule("ssssss", 16, {2: 0.5}, method="fastvv")], "unknown method 'fastvv'.*nearest first: fastv"),
     ],
 )
