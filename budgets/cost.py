@@ -17,6 +17,7 @@ from budgets.costs import DECODER_PARTS, PARTS, price
 from budgets.geometry import ModelGeometry, load, names
 from budgets.match import fit
 from budgets.registry import METHODS, UnknownNameError, nearest_first
+from budgets.roofline import device, device_names, floors
 from budgets.schedule import dense
 
 if TYPE_CHECKING:
@@ -90,6 +91,39 @@ def report(
     return document
 
 
+def roofline(
+    geometry: ModelGeometry, method: Method, num_visual: int, num_text: int, name: str, dtype: str | None, batch: int
+) -> dict[str, Any]:
+    """The floors of the method and of dense on a device, as a part of the document."""
+    on = device(name)
+    dtype = dtype or ("bfloat16" if "bfloat16" in on.flops_per_s else "float32")
+    at = lambda schedule: floors(geometry, schedule, num_text, on, dtype, batch)
+    ours, reference = at(method.schedule(geometry, num_visual)), at(dense(geometry.num_layers, num_visual))
+    return {
+        "device": on.title, "dtype": dtype, "batch_size": batch, "source": on.source,
+        "flops_per_s": on.flops_per_s[dtype], "bytes_per_s": on.bytes_per_s,
+        "floors": {stage: floor.to_dict() for stage, floor in ours.items()},
+        "speed_up_at_the_floor": {s: reference[s].ms / ours[s].ms if ours[s].ms else None for s in ours},
+    }  # fmt: skip
+
+
+def _roofline_lines(roof: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        f"  roofline: {roof['device']}, {roof['dtype']}, batch {roof['batch_size']}: "
+        f"{roof['flops_per_s'] / 1e12:.4g} TFLOP/s, {roof['bytes_per_s'] / 1e9:.4g} GB/s ({roof['source']})",
+        f"  {'no faster than':<22}{'by FLOPs':>12}{'by bytes':>12}   binds    speed-up over dense at the floor",
+    ]
+    for stage, floor in roof["floors"].items():
+        speed_up = roof["speed_up_at_the_floor"][stage]
+        label = f"{stage}, one token" if stage == "decode" else stage
+        lines.append(
+            f"  {label:<22}{floor['flops_ms']:>9.4g} ms{floor['bytes_ms']:>9.4g} ms   {floor['binds']:<9}"
+            + ("-" if speed_up is None else f"x{speed_up:.2f}")
+        )
+    return lines
+
+
 def table(document: dict[str, Any]) -> str:
     """The document for people."""
     unit = document["unit"]
@@ -118,6 +152,8 @@ def table(document: dict[str, Any]) -> str:
         "  layers  mode   visual tokens   " + unit + " per layer",
     ]
     lines += [f"  {text}" for text in _layer_rows(document)]
+    if "roofline" in document:
+        lines += _roofline_lines(document["roofline"])
     return "\n".join(lines)
 
 
@@ -167,6 +203,10 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--text-tokens", type=int, default=64, help="prompt tokens beside the image; default: 64")
     arguments.add_argument("--convention", default="ours",
                            help="ours (FLOPs, all parts), or MACs by a paper's formula: f2, f3, gqa")  # fmt: skip
+    arguments.add_argument("--device", help="also print the least time by FLOPs and by bytes on a device: "
+                           f"{', '.join(device_names())} (this machine's, measured)")  # fmt: skip
+    arguments.add_argument("--dtype", help="number format of the roofline; default: bfloat16, on the CPU float32")
+    arguments.add_argument("--batch-size", type=int, default=1, help="samples a pass of the roofline; default: 1")
     arguments.add_argument("--json", action="store_true", help="print the JSON document only")
     arguments.add_argument("--list", action="store_true", help="list models and methods")
     return arguments
@@ -208,7 +248,12 @@ def _answer(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if arguments.budget is not None:
         method = fit(method, geometry, num_visual, num_text, arguments.budget)
-    return report(geometry, arguments.method, method, num_visual, num_text, arguments.convention)
+    document = report(geometry, arguments.method, method, num_visual, num_text, arguments.convention)
+    if arguments.device is not None:
+        document["roofline"] = roofline(
+            geometry, method, num_visual, num_text, arguments.device, arguments.dtype, arguments.batch_size
+        )
+    return document
 
 
 def _listing_text(document: dict[str, Any]) -> str:
