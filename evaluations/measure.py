@@ -14,6 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from evaluations.progress import Progress
 from evaluations.records import RunFolder, TimingRecord
 from evaluations.suite import TimingPlan
 from visor.method import tower_reduction
+from visor.stopwatch import scoring_clock
 
 if TYPE_CHECKING:
     from evaluations.task import Sample
@@ -38,12 +40,19 @@ class Clock:
 
 @dataclass(frozen=True)
 class Run:
-    """One measured pass from pixels to the last token."""
+    """One measured pass from pixels to the last token.
+
+    Args:
+        scoring: the part of tower and prefill that went into choosing tokens; None if it was not watched.
+        kv_bytes: keys and values that the caches hold after the prefill; None where the model does not tell.
+    """
 
     tower: Clock
     prefill: Clock
     decode: Clock
     end_to_end: Clock
+    scoring: Clock | None = None
+    kv_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,39 @@ class PeakMemory:
     reason: str | None = None
 
 
+class CudaStream:
+    """Waits for a CUDA device, and marks moments on it: its own clock sees no delay of the host."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __call__(self) -> None:
+        import torch
+
+        torch.cuda.synchronize(self.device)
+
+    def mark(self) -> Any:
+        """An event at this point of the device's queue."""
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
 def timed(work: Callable[[], Any], synchronise: Callable[[], None]) -> tuple[Any, Clock]:
-    """The result of some work, and what it took once the device has finished it."""
+    """The result of some work, and what it took once the device has finished it.
+
+    On CUDA the wall time is the device's, between two events.
+    """
     synchronise()
+    start = synchronise.mark() if isinstance(synchronise, CudaStream) else None
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
+    end = synchronise.mark() if start is not None else None
     synchronise()
-    return result, Clock((time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3)
+    wall_ms = (time.perf_counter() - wall) * 1e3 if start is None else start.elapsed_time(end)
+    return result, Clock(wall_ms, (time.process_time() - cpu) * 1e3)
 
 
 def synchroniser(device: str) -> Callable[[], None]:
@@ -70,8 +105,19 @@ def synchroniser(device: str) -> Callable[[], None]:
 
     kind = device.partition(":")[0]
     if kind == "cuda":
-        return lambda: torch.cuda.synchronize(device)
+        return CudaStream(device)
     return torch.mps.synchronize if kind == "mps" else lambda: None
+
+
+def cache_bytes(cache: Any) -> int | None:
+    """Bytes of the keys and values that a cache holds, padding included; None if it is no cache that tells."""
+    if (told := getattr(cache, "kv_bytes", None)) is not None:
+        return told
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return None
+    held = [x for layer in layers for x in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    return sum(x.numel() * x.element_size() for x in held if x is not None)
 
 
 def run_once(
@@ -83,6 +129,9 @@ def run_once(
     synchronise: Callable[[], None],
 ) -> Run:
     """One pass over one batch, stage by stage; reduction and projector count as prefill.
+
+    Choosing tokens is a part of the tower's time (what a method reads there) and of the prefill's, and is also given
+    apart.
 
     The image is already pixels: reading and resizing files is not timed.
     """
@@ -99,13 +148,25 @@ def run_once(
                 features[i] = value
         return features
 
-    vision, tower = timed(encode, synchronise)
-    if setting.method.adaptive:
-        schedules = loaded.resolve(vision, schedules)
-    states, prefill = timed(lambda: loaded.prefill(prepared, vision, schedules, new_tokens), synchronise)
-    _, decode = timed(lambda: loaded.decode(states, new_tokens - 1), synchronise)
-    total = Clock(tower.wall_ms + prefill.wall_ms + decode.wall_ms, tower.cpu_ms + prefill.cpu_ms + decode.cpu_ms)
-    return Run(tower, prefill, decode, total)
+    def prefill(vision: list[Any]) -> list[Any]:
+        adapted = loaded.resolve(vision, schedules) if setting.method.adaptive else schedules
+        return loaded.prefill(prepared, vision, adapted, new_tokens)
+
+    # On a CPU the watch waits for nothing, so the pass that is timed can be watched. Elsewhere it would make the pass
+    # slower, and a second one, which is not timed otherwise, is watched.
+    on_cpu = not isinstance(synchronise, CudaStream) and str(loaded.device).partition(":")[0] == "cpu"
+    with scoring_clock(synchronise) if on_cpu else nullcontext() as watch:
+        vision, tower_clock = timed(encode, synchronise)
+        states, prefill_clock = timed(lambda: prefill(vision), synchronise)
+    held = [cache_bytes(getattr(state, "cache", None)) for state in states]
+    _, decode_clock = timed(lambda: loaded.decode(states, new_tokens - 1), synchronise)
+    if watch is None:
+        with scoring_clock(synchronise) as watch:
+            prefill(encode())
+    clocks = (tower_clock, prefill_clock, decode_clock)
+    total = Clock(sum(clock.wall_ms for clock in clocks), sum(clock.cpu_ms for clock in clocks))
+    kv_bytes = None if None in held else sum(held)
+    return Run(*clocks, total, Clock(watch.wall_ms, watch.cpu_ms), kv_bytes)
 
 
 class ResidentMemory:
@@ -242,13 +303,21 @@ class TimingPass:
     def pending(self) -> dict[int, list[Setting]]:
         """By batch size, the settings with fewer runs than the plan asks for."""
         runs: dict[tuple[int, str], list[float]] = defaultdict(list)
-        for row in self.folder.timings():
+        for row in self.rows():
             runs[row.batch_size, row.setting_id].append(row.end_to_end_ms)
         enough = lambda rows: self._enough(len(rows), sum(rows) / 1e3)
         return {
             size: [setting for setting in self.plan.settings if not enough(runs[size, setting.id])]
             for size in self.batch_sizes
         }
+
+    def rows(self) -> list[TimingRecord]:
+        """Runs that were measured before under the conditions of this pass."""
+        return self.folder.timings()
+
+    def prepare(self) -> list[Any]:
+        """The samples, ready for the model."""
+        return [self.loaded.prepare(sample.image, sample.question) for sample in self.samples]
 
     def _enough(self, num_runs: int, seconds: float) -> bool:
         least = num_runs >= self.timing.min_runs and seconds >= self.timing.min_seconds
@@ -259,7 +328,7 @@ class TimingPass:
         if not self.samples:
             return {setting.id: "no sample can be read" for setting in self.plan.settings}
         self.folder.timings_file.drop_torn_line()
-        prepared = [self.loaded.prepare(sample.image, sample.question) for sample in self.samples]
+        prepared = self.prepare()
         failed: dict[str, str] = {}
         for size, settings in pending.items():
             settings = [setting for setting in settings if setting.id not in failed]
@@ -280,7 +349,7 @@ class TimingPass:
 
         memory = {setting.id: attempt(setting, lambda s=setting: self._memory(s, batches[0])) for setting in settings}
         seconds = dict.fromkeys(memory, 0.0)
-        first = 1 + max((row.round for row in self.folder.timings() if row.batch_size == size), default=-1)
+        first = 1 + max((row.round for row in self.rows() if row.batch_size == size), default=-1)
         number = 0
         while alive := [setting for setting in settings if setting.id not in failed]:
             if all(self._enough(number, seconds[setting.id]) for setting in alive):
@@ -308,7 +377,9 @@ class TimingPass:
     def _row(
         self, setting: Setting, size: int, number: int, batch: list[Any], run: Run, memory: PeakMemory
     ) -> TimingRecord:
-        not_measured = {"scoring_ms": "choosing tokens is part of the prefill; it is not timed apart"}
+        not_measured, steps = {}, self.timing.new_tokens - 1
+        if run.kv_bytes is None:
+            not_measured["kv_bytes"] = "this model does not show its cache"
         if memory.reason:
             not_measured["peak_memory_bytes"] = not_measured["peak_memory_without_weights_bytes"] = memory.reason
         return TimingRecord(
@@ -322,11 +393,15 @@ class TimingPass:
             num_visual=max(prepared.num_visual for prepared in batch),
             num_new_tokens=self.timing.new_tokens,
             tower_ms=run.tower.wall_ms,
-            scoring_ms=None,
+            scoring_ms=run.scoring.wall_ms,
             prefill_ms=run.prefill.wall_ms,
-            decode_ms_per_token=run.decode.wall_ms / (self.timing.new_tokens - 1),
+            decode_ms_per_token=run.decode.wall_ms / steps,
             end_to_end_ms=run.end_to_end.wall_ms,
             cpu_prefill_ms=run.prefill.cpu_ms,
+            cpu_tower_ms=run.tower.cpu_ms,
+            cpu_decode_ms_per_token=run.decode.cpu_ms / steps,
+            cpu_end_to_end_ms=run.end_to_end.cpu_ms,
+            kv_bytes=run.kv_bytes,
             peak_memory_bytes=memory.total_bytes,
             peak_memory_without_weights_bytes=memory.without_weights_bytes,
             device=str(self.loaded.device),

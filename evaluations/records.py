@@ -33,10 +33,17 @@ class RecordsError(ValueError):
     """A run folder that cannot be read or written; the message names the file."""
 
 
-def setting_id(method: str, budget: float | None = None, policy: str | None = None) -> str:
-    """`<method>:<policy>`, `<method>@<budget>` or, without a dial, `<method>`."""
+def setting_id(
+    method: str, budget: float | None = None, policy: str | None = None, value: float | None = None
+) -> str:
+    """`<method>:<policy>`, `<method>:<policy>(<value>)`, `<method>@<budget>` or, without a dial, `<method>`.
+
+    Args:
+        value: what tells settings of one policy apart: the configuration of "fixed", the cost weight of "router", the
+            threshold of "cascade".
+    """
     if policy is not None:
-        return f"{method}:{policy}"
+        return f"{method}:{policy}" if value is None else f"{method}:{policy}({value:g})"
     return method if budget is None or method == "dense" else f"{method}@{budget:g}"
 
 
@@ -85,7 +92,11 @@ class SampleRecord(_Record):
     flops: dict[str, int] | None = None  # prefill by part
     visual_tokens: list[int] | None = None  # live visual tokens at each decoder layer
     kv_bytes: int | None = None
-    configuration: str | None = None  # what a policy chose
+    layer_flops: list[int] | None = None  # prefill of each decoder layer, full-square attention
+    confidence: float | None = None  # probability of the first answer token
+    routing: list[float] | None = None  # the router's logit of each configuration, in the first configuration's cell
+    configuration: int | None = None  # index of the one that answered, of a method that has several
+    attempts: list[int] | None = None  # configurations that a cascade ran, all of which are in the FLOPs
     kept: str | None = None  # `pack_bits` of the tokens alive after the last reduction; null: all, or merged
 
 
@@ -103,7 +114,7 @@ class TimingRecord(_Record):
     num_visual: int
     num_new_tokens: int
     tower_ms: float | None
-    scoring_ms: float | None
+    scoring_ms: float | None  # part of tower_ms and prefill_ms that went into choosing tokens
     prefill_ms: float
     decode_ms_per_token: float | None
     end_to_end_ms: float
@@ -112,6 +123,11 @@ class TimingRecord(_Record):
     peak_memory_without_weights_bytes: int | None
     device: str
     not_measured: dict[str, str] = field(default_factory=dict)
+    cpu_tower_ms: float | None = None
+    cpu_decode_ms_per_token: float | None = None
+    cpu_end_to_end_ms: float | None = None
+    kv_bytes: int | None = None  # keys and values of the batch after the prefill, padding included
+    modelled: bool = False  # True: the roofline's floor, not a measurement
 
 
 @dataclass(frozen=True)
@@ -135,6 +151,8 @@ class Manifest(_Record):
     seconds: float  # of the process that finished the cell
     setting_id: str
     num_resumed: int = 0  # records found finished by an earlier process
+    model: str | None = None  # checkpoint, where it is not the run's own
+    configurations: list[dict[str, Any]] | None = None  # of a method that has several: the options of each
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

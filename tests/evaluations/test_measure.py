@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from evaluations.measure import (
     TimingPass,
     measure_memory,
     resident_bytes,
+    synchroniser,
     timed,
     timing_samples,
     weights_bytes,
 )
 from evaluations.records import RunFolder
 from evaluations.suite import TimingPlan
+from visor.stopwatch import scoring
 
 pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 PLAN = TimingPlan(num_samples=2, throughput_batch=3, new_tokens=5, min_runs=4, min_seconds=0, max_runs=4)
@@ -66,7 +69,9 @@ def test_rows_say_what_was_measured(tmp_path):
         assert row.num_new_tokens == 5 and row.num_visual == 144 and row.device == "cpu"
         assert row.prefill_ms > 0 and row.cpu_prefill_ms >= 0
         assert row.end_to_end_ms == pytest.approx(row.tower_ms + row.prefill_ms + 4 * row.decode_ms_per_token)
-        assert row.scoring_ms is None and "not timed apart" in row.not_measured["scoring_ms"]
+        assert row.scoring_ms == 0.0  # this model never chooses a token
+        assert row.kv_bytes is None and "does not show its cache" in row.not_measured["kv_bytes"]
+        assert row.cpu_end_to_end_ms >= row.cpu_prefill_ms + row.cpu_tower_ms
         assert row.peak_memory_bytes - row.peak_memory_without_weights_bytes == 20 * 4
         by_round[row.batch_size, row.round].add(row.num_text)
     assert all(len(lengths) == 1 for lengths in by_round.values())  # all settings see the same samples in a round
@@ -160,6 +165,40 @@ def test_tied_weights_count_once():
 def test_a_timing_plan_must_make_sense(change):
     with pytest.raises(ValueError, match="timing"):
         TimingPlan(**change)
+
+
+class Chooser(FakeModel):
+    """Takes 5 ms to choose tokens in the tower and 10 ms in the prefill."""
+
+    def encode(self, prepared, taps, image_scale):
+        with scoring():
+            time.sleep(0.005)
+        return super().encode(prepared, taps, image_scale)
+
+    def prefill(self, prepared, vision, schedules, num_new_tokens):
+        with scoring():
+            time.sleep(0.01)
+        super().prefill(prepared, vision, schedules, num_new_tokens)
+        layer = SimpleNamespace(keys=torch.zeros(2, 3), values=torch.zeros(2, 3))
+        return [SimpleNamespace(cache=SimpleNamespace(layers=[layer, layer]))]
+
+
+def test_choosing_tokens_is_timed_apart_wherever_it_happens(tmp_path):
+    timing = make_pass(tmp_path, model=Chooser(), methods=("dense",))
+    timing.run(timing.pending(), Silent())
+    for row in timing.folder.timings():
+        assert 15 <= row.scoring_ms <= row.tower_ms + row.prefill_ms
+        assert row.tower_ms >= 5 and row.prefill_ms >= 10  # it stays a part of both
+        assert row.kv_bytes == 2 * 2 * 6 * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_time_is_the_devices():
+    synchronise = synchroniser("cuda")
+    x = torch.ones(4096, 4096, device="cuda")
+    _, clock = timed(lambda: [x @ x for _ in range(20)], synchronise)
+    assert clock.wall_ms > 1
 
 
 @pytest.mark.gpu
