@@ -195,7 +195,12 @@ def _layer(geometry: ModelGeometry, index: int, mode: LayerMode, num_text: int, 
 
 
 def price(
-    geometry: ModelGeometry, schedule: Schedule, num_text: int, num_new_tokens: int = 0, tiles: int | None = None
+    geometry: ModelGeometry,
+    schedule: Schedule,
+    num_text: int,
+    num_new_tokens: int = 0,
+    tiles: int | None = None,
+    routed: bool = False,
 ) -> Cost:
     """The cost of one sample.
 
@@ -203,6 +208,7 @@ def price(
         num_text: tokens of the prompt that are not visual (template included).
         num_new_tokens: tokens to generate. The prefill yields the first, so `num_new_tokens - 1` passes follow.
         tiles: tower passes; None derives them from the number of visual tokens.
+        routed: True if the model's router has chosen the schedule.
 
     Raises:
         ValueError: the schedule has another number of layers than the model, or a length is negative.
@@ -219,6 +225,9 @@ def price(
         for i, (op, live) in enumerate(zip(schedule.layers, schedule.visual_tokens, strict=True))
     )
     tower, projector = _vision_parts(geometry, schedule, tiles)
+    if routed and (geometry.visor is None or not geometry.visor.router):
+        raise ValueError(f"{geometry.name} has no router, so none has chosen its schedule")
+    router = geometry.visor.router_flops if routed else 0
     head = 2 * geometry.hidden_size * geometry.vocab_size  # logits of the last position only
     parts = {
         "tower": tower, "projector": projector,
@@ -227,7 +236,7 @@ def price(
         "decoder_mlp": sum(layer.mlp for layer in layers),
         "cross_projections": sum(layer.cross_projections for layer in layers),
         "cross_attention": sum(layer.cross_attention for layer in layers),
-        "scoring": sum(scoring), "router": 0, "lm_head": head,
+        "scoring": sum(scoring), "router": router, "lm_head": head,
     }  # fmt: skip
     passes = max(0, num_new_tokens - 1)
     return Cost(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class VisionGeometry:
         window_patches: patches in an attention window; None if every block sees everything.
         num_full_layers: blocks that see everything where the others are windowed.
         pooling_head: SigLIP's attention pooling head runs (its result is not used by the decoder).
+        feature_blocks: blocks that lead to the features; None if all do. Methods inside the tower run only those.
         packs_tiles: tiles are projected before they are packed into one image (LLaVA-NeXT, LLaVA-OneVision), so that
             the projector sees every token, whatever a method drops.
     """
@@ -55,6 +56,7 @@ class VisionGeometry:
     num_full_layers: int = 0
     pooling_head: bool = False
     packs_tiles: bool = False
+    feature_blocks: int | None = None
 
     def grid_side(self, image_scale: float = 1.0) -> int:
         """Patches along the side of a tile whose image is scaled by `image_scale`.
@@ -87,6 +89,30 @@ class VisionGeometry:
 
 
 @dataclass(frozen=True)
+class VisorGeometry:
+    """What a trained VISOR model can run (`visor.configuration.VisorConfig`).
+
+    Args:
+        cross_layers: layers with a cross-attention block.
+        slots: layers that may run on the whole sequence.
+        configurations: viable subsets of the slots, cheapest first.
+        default: index of the one that runs where nothing is said.
+        router: (in, out) of the router's matrices; empty without a router.
+    """
+
+    cross_layers: tuple[int, ...]
+    slots: tuple[int, ...]
+    configurations: tuple[tuple[int, ...], ...]
+    default: int
+    router: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def router_flops(self) -> int:
+        """FLOPs of asking the router about one sample."""
+        return 2 * sum(inputs * outputs for inputs, outputs in self.router)
+
+
+@dataclass(frozen=True)
 class ModelGeometry:
     """A decoder, the language-model head, and the tower in front of it (None for a text-only model).
 
@@ -94,6 +120,7 @@ class ModelGeometry:
         num_mlp_matrices: 3 for SwiGLU (gate, up, down).
         cross_kernel: taps of VISOR's depth-wise convolution over the visual keys.
         dtype_bytes: bytes of one cached key or value element.
+        visor: layers and configurations of a trained VISOR model; None for any other.
     """
 
     name: str
@@ -108,6 +135,7 @@ class ModelGeometry:
     num_mlp_matrices: int = 3
     cross_kernel: int = 7
     dtype_bytes: int = 2
+    visor: VisorGeometry | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -209,6 +237,14 @@ def _mlp_projector(config: Mapping[str, Any], width: int, text_width: int) -> tu
     return ((width * num_layers, text_width), (text_width, text_width))
 
 
+def _feature_blocks(layer: Any, num_layers: int) -> int | None:
+    """Blocks before the hidden states that the projector reads (-1: all; None, or several: all)."""
+    layer = -2 if layer is None else layer
+    if not isinstance(layer, int) or layer == -1:
+        return None
+    return layer if layer >= 0 else num_layers + 1 + layer
+
+
 def _vision_from_config(config: Mapping[str, Any], family: str, text_width: int) -> VisionGeometry:
     tower = dict(config.get("vision_config") or _OUTER_VISION[family])
     if family == "qwen2_5_vl":
@@ -245,6 +281,7 @@ def _vision_from_config(config: Mapping[str, Any], family: str, text_width: int)
         num_prefix_tokens=int(is_clip), prefix_in_output=is_clip and strategy == "full",
         pooling_head=kind == "siglip_vision_model" and bool(tower.get("vision_use_head", True)),
         packs_tiles=family in ("llava_next", "llava_onevision"),
+        feature_blocks=_feature_blocks(config.get("vision_feature_layer"), layers),
     )  # fmt: skip
 
 
@@ -258,6 +295,8 @@ def from_config(config: Any, name: str | None = None) -> ModelGeometry:
     """
     config = config if isinstance(config, Mapping) else config.to_dict()
     family = config.get("model_type")
+    if family == "visor":
+        return _visor_from_config(config, name)
     text = dict(config.get("text_config") or {})
     if not text or (family == "qwen2_5_vl" and "hidden_size" in config and "hidden_size" not in text):
         text = {**config, **text}  # text-only models, and Qwen2.5-VL as the Hub first had it
@@ -280,12 +319,27 @@ def from_config(config: Any, name: str | None = None) -> ModelGeometry:
     )  # fmt: skip
 
 
+def _visor_from_config(config: Mapping[str, Any], name: str | None) -> ModelGeometry:
+    base = from_config(config["base_config"], name or "visor")
+    configurations = tuple(map(tuple, config["configurations"]))
+    router, matrices = config.get("router"), ()
+    if router is not None:
+        hidden, inputs = router["hidden_size"], router.get("inputs", ("last", "text", "visual"))
+        matrices = ((base.hidden_size * len(inputs), hidden), (hidden, len(configurations)))
+    own = VisorGeometry(
+        tuple(config["cross_layers"]), tuple(config["self_layers"]), configurations,
+        config.get("default_configuration", -1) % len(configurations), matrices,
+    )  # fmt: skip
+    return replace(base, cross_kernel=config.get("cross_kernel", 7), visor=own)
+
+
 # --- known models ---------------------------------------------------------------------------------------------------
 
 
 def _clip_llava(name: str, layers: int, width: int, mlp: int, heads: int, packs_tiles: bool = False) -> ModelGeometry:
     projector = ((1024, width), (width, width))
-    vision = VisionGeometry(24, 1024, 4096, 16, 14, 336, projector, num_prefix_tokens=1, packs_tiles=packs_tiles)
+    vision = VisionGeometry(24, 1024, 4096, 16, 14, 336, projector, num_prefix_tokens=1, packs_tiles=packs_tiles,
+                            feature_blocks=23)  # fmt: skip
     return ModelGeometry(name, layers, width, mlp, heads, heads, width // heads, 32064, vision)
 
 

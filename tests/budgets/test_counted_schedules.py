@@ -45,7 +45,7 @@ def model_of(configs, on_meta):
             config = configs[name]()
             model = on_meta(CLASSES[name], config)
             geometry = from_config(config)
-            cross_layers = METHODS.get("visor")().layers(geometry.num_layers)[1]
+            cross_layers = METHODS.get("visor")().layers(geometry)[1]
             with torch.device("meta"):
                 install(model, cross_layers=cross_layers)
             made[name] = model

@@ -16,7 +16,7 @@ from budgets.schedule import LayerMode, LayerOp, Schedule
 from visor.method import Method
 
 if TYPE_CHECKING:
-    from budgets.geometry import ModelGeometry
+    from budgets.geometry import ModelGeometry, VisorGeometry
 
 
 @METHODS.register("visor")
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 class Visor(Method):
     """Options `self_layers` and `cross_layers`: None (L/3 layers), a number of layers (evenly spaced), or the layers
     themselves, comma-separated ("3,9"; "" is none). A model without trained cross-attention blocks is refused when
-    it is to run; a schedule can be priced for any."""
+    it is to run; a schedule can be priced for any.
+
+    On a trained VISOR model, None is the model's own default, a number of SELF layers its first configuration of that
+    many, and named SELF layers must be slots."""
 
     self_layers: int | str | None = None
     cross_layers: int | str | None = None
@@ -48,10 +51,11 @@ class Visor(Method):
         if isinstance(self.self_layers, str) and isinstance(self.cross_layers, str):
             check_apart(parse_layers("self_layers", self.self_layers), parse_layers("cross_layers", self.cross_layers))
 
-    def layers(self, num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The SELF and the CROSS layers in a decoder of `num_layers`."""
-        self_slots, cross_slots = default_layers(num_layers)
-        self_layers = choose("self_layers", self.self_layers, self_slots)
+    def layers(self, geometry: ModelGeometry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The SELF and the CROSS layers in this model's decoder."""
+        num_layers, own = geometry.num_layers, geometry.visor
+        self_slots, cross_slots = (own.slots, own.cross_layers) if own else default_layers(num_layers)
+        self_layers = choose_own(self.self_layers, own) if own else choose("self_layers", self.self_layers, self_slots)
         cross_layers = choose("cross_layers", self.cross_layers, cross_slots)
         for option, layers in (("self_layers", self_layers), ("cross_layers", cross_layers)):
             if layers and layers[-1] >= num_layers:
@@ -61,7 +65,7 @@ class Visor(Method):
         return self_layers, cross_layers
 
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
-        self_layers, cross_layers = self.layers(geometry.num_layers)
+        self_layers, cross_layers = self.layers(geometry)
         ops = [LayerOp(LayerMode.TEXT)] * geometry.num_layers
         for mode, layers in ((LayerMode.SELF, self_layers), (LayerMode.CROSS, cross_layers)):
             for layer in layers:
@@ -69,7 +73,13 @@ class Visor(Method):
         return Schedule(tuple(ops), num_visual)
 
     def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[Visor]:
-        """The dial is the number of SELF layers: none, up to the L/3 slots or the layers that were named."""
+        """The dial is the number of SELF layers: none, up to the L/3 slots or the layers that were named.
+
+        On a trained VISOR model: its configurations.
+        """
+        if geometry.visor is not None and self.self_layers is None:
+            subsets = geometry.visor.configurations
+            return [replace(self, self_layers=",".join(map(str, subset))) for subset in subsets]
         if isinstance(self.self_layers, str):
             named = list(parse_layers("self_layers", self.self_layers))
             subsets = [choose("self_layers", count, named) for count in range(len(named) + 1)]
@@ -91,6 +101,22 @@ def parse_layers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
         raise ValueError(f"VISOR: {option} must be layer numbers like '3,9', got {text!r}") from error
+
+
+def choose_own(wanted: int | str | None, own: VisorGeometry) -> tuple[int, ...]:
+    """The SELF layers of a trained model's configuration."""
+    if wanted is None:
+        return own.configurations[own.default]
+    if isinstance(wanted, str):
+        named = parse_layers("self_layers", wanted)
+        if no_slots := sorted(set(named) - set(own.slots)):
+            raise ValueError(f"VISOR: self_layers names {no_slots}, but this model's slots are {list(own.slots)}")
+        return named
+    fitting = [subset for subset in own.configurations if len(subset) == wanted]
+    if not fitting:
+        numbers = sorted({len(subset) for subset in own.configurations})
+        raise ValueError(f"VISOR: this model has no configuration of {wanted} SELF layers; it has some of {numbers}")
+    return fitting[0]
 
 
 def choose(option: str, wanted: int | str | None, slots: Sequence[int]) -> tuple[int, ...]:
