@@ -24,6 +24,17 @@ def nearest_first(name: str, known: list[str]) -> list[str]:
     return sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(), other))
 
 
+def parts_of(name: str) -> list[str]:
+    """The names that "+" joins; a name may itself end in one: "prumerge++fastv" is "prumerge+" and "fastv"."""
+    parts: list[str] = []
+    for part in name.split("+"):
+        if part or not parts:
+            parts.append(part)
+        else:
+            parts[-1] += "+"
+    return parts
+
+
 class Registry:
     """Names to objects of one kind.
 
@@ -80,9 +91,10 @@ class Registry:
             ValueError: the parts of a composed name do not go together.
         """
         self._discover()
-        if self.composer is not None and "+" in name:
+        if self.composer is not None and "+" in name and name not in self._objects:
             module, _, function = self.composer.partition(":")
-            return getattr(importlib.import_module(module), function)(name, [self.get(p) for p in name.split("+")])
+            parts = parts_of(name)
+            return getattr(importlib.import_module(module), function)(parts, [self.get(part) for part in parts])
         if name not in self._objects:
             known = ", ".join(nearest_first(name, self.names())) or "none"
             raise UnknownNameError(f"unknown {self.kind} {name!r}; the {self.kind}s that exist, nearest first: {known}")

@@ -90,6 +90,21 @@ class LayerContext:
         """Index of each row's last prompt token among the live ones."""
         return self.streams.last_B1
 
+    def _keys(self, index: int, hidden_BND: Tensor) -> Tensor:
+        block = self.decoder.layers[index]
+        return rotated_heads(block.self_attn, "k", block.input_layernorm(hidden_BND), self.streams.full.rotary)
+
+    @torch.no_grad()
+    def previous_keys(self) -> Tensor:
+        """Keys of the layer before, after RoPE: [B, G, N, d].
+
+        Raises:
+            ValueError: that layer did not run on visual tokens.
+        """
+        if self.h_in is None:
+            raise ValueError(f"layer {self.layer - 1} has no keys of visual tokens; reduce after a SELF layer")
+        return self._keys(self.layer - 1, self.h_in) if self.keys is None else self.keys
+
     def slots(self, mask_BN: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Indices [B, M] of the live tokens in a mask, in order, left-padded to the longest row, and which of them are
         no padding. Padding points at distinct tokens outside the mask.
@@ -131,7 +146,7 @@ class LayerContext:
         rows_BQD = block.input_layernorm(take(hidden_BND, queries))
         q_BHQd = rotated_heads(attention, "q", rows_BQD, (take(cos, queries), take(sin, queries)))
         if keys is None:
-            keys = rotated_heads(attention, "k", block.input_layernorm(hidden_BND), (cos, sin))
+            keys = self._keys(index, hidden_BND)
         (batch, heads, rows, width), num_kv_heads = q_BHQd.shape, keys.shape[1]
         q_BGXd = q_BHQd.reshape(batch, num_kv_heads, -1, width)  # the query heads of a group share its keys
         logits_BHQN = (q_BGXd @ keys.transpose(-1, -2)).view(batch, heads, rows, -1).float() * attention.scaling

@@ -377,8 +377,9 @@ def encode_inside(
     method = METHODS.get(inside.method)(**dict(inside.params))
     if adapter.packs_tiles:
         raise ValueError(
-            f"{method.title} acts inside the tower and dissolves the grid of a tile, but {type(adapter).__name__} packs "
-            "an image's tiles by that grid (it crops padding and ends lines): use a method that acts after the tower"
+            f"{method.title} acts inside the tower and dissolves the grid of a tile, but {type(adapter).__name__} "
+            "packs an image's tiles by that grid (it crops padding and ends lines): use a method that acts after the "
+            "tower"
         )
     walk = TowerWalk(adapter)
     hidden_TPD, kept_TM = method.reduce_in_tower(walk, torch.cat(list(tiles)), inside.keep)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from budgets.schedule import LayerOp, Positions, Reduction, Schedule, dense
+
+if TYPE_CHECKING:
+    from budgets.geometry import ModelGeometry
 
 
 def check_integer(title: str, option: str, value: Any, least: int, why: str = "") -> None:
@@ -21,6 +24,50 @@ def check_fraction(title: str, option: str, value: Any, *, low: float, high: flo
     if not is_number or not (low <= value <= high if includes_high else low <= value < high):
         bracket = "]" if includes_high else ")"
         raise ValueError(f"{title}: {option} must be a number in [{low:g}, {high:g}{bracket}, got {value!r}")
+
+
+def check_choice(title: str, option: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse anything but one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{title}: {option} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def tower_passes(geometry: ModelGeometry, num_visual: int) -> tuple[int, int, int]:
+    """What a score in the tower costs by: tiles, tokens of a tile, and query rows (the CLS row, or all of them)."""
+    num_tokens = geometry.tower_tokens(num_visual)
+    cls_scores = geometry.vision.num_prefix_tokens and not geometry.vision.prefix_in_output
+    return geometry.num_tiles(num_visual), num_tokens, 1 if cls_scores else num_tokens
+
+
+def salience_flops(geometry: ModelGeometry, num_visual: int) -> int:
+    """q.k of the scored rows in one tower block: the CLS row, or all rows where there is no CLS."""
+    tiles, num_tokens, num_rows = tower_passes(geometry, num_visual)
+    return tiles * 2 * num_rows * num_tokens * geometry.vision.hidden_size
+
+
+def feature_blocks(title: str, geometry: ModelGeometry) -> int:
+    """Blocks of the tower that lead to the features, for a method that acts inside them.
+
+    Raises:
+        ValueError: such a method does not run on this tower.
+    """
+    tower = geometry.vision
+    if tower is None or tower.packs_tiles or tower.image_size is None or tower.patches_per_token > 1:
+        raise ValueError(
+            f"{title} acts inside the tower and dissolves its grid of tokens, which {geometry.name} still needs: it "
+            "packs tiles, merges neighbours, or attends in windows; use a method that acts after the tower"
+        )
+    return tower.feature_blocks or tower.num_layers
+
+
+def feature_width(geometry: ModelGeometry) -> int:
+    """Width of the features that an encoder-side rule of stage "tower" sees: projected ones where tiles are packed."""
+    return geometry.hidden_size if geometry.vision.packs_tiles else geometry.vision.hidden_size
+
+
+def is_reduced_by(schedule: Schedule, name: str) -> bool:
+    """True if this encoder-side method is in the schedule."""
+    return schedule.encoder is not None and schedule.encoder.method == name
 
 
 def after_tower(

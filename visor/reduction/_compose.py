@@ -37,6 +37,11 @@ def overrides(method: type[Method], name: str) -> bool:
     return getattr(method, name) is not getattr(Method, name)
 
 
+def option_name(part: str, option: str) -> str:
+    """How an option of a part is called in the whole: "fastv_drop", "prumerge_plus_keep"."""
+    return f"{part.replace('+', '_plus').replace('-', '_')}_{option}"
+
+
 class Composite(Method):
     """Base of composed methods: options are those of the parts, each behind its part's name ("fastv_drop")."""
 
@@ -53,7 +58,7 @@ class Composite(Method):
         """The parts, by role."""
         made = {}
         for name, cls in self.part_classes.items():
-            made[self.roles[name]] = cls(**{f.name: getattr(self, f"{name}_{f.name}") for f in fields(cls)})
+            made[self.roles[name]] = cls(**{f.name: getattr(self, option_name(name, f.name)) for f in fields(cls)})
         return made
 
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
@@ -97,7 +102,7 @@ class Composite(Method):
         dial = next(each for each in ("encoder", "decoder", "modes") if each in parts)
         name = next(name for name, its_role in self.roles.items() if its_role == dial)
         return [
-            replace(self, **{f"{name}_{option}": value for option, value in setting.options().items()})
+            replace(self, **{option_name(name, option): value for option, value in setting.options().items()})
             for setting in parts[dial].settings(geometry, num_visual)
         ]
 
@@ -113,12 +118,12 @@ def _compose(names: tuple[str, ...], classes: tuple[type[Method], ...]) -> type[
             what = {"encoder": "both act on the encoder's side", "decoder": "both drop tokens inside the decoder",
                     "modes": "both say which layers see the image"}[its_role]  # fmt: skip
             raise ValueError(
-                f"{'+'.join(names)}: {name} and {rival} do not go together, {what}; combine an encoder-side method with "
-                "an in-decoder one, or either with visor"
+                f"{'+'.join(names)}: {name} and {rival} do not go together, {what}; combine an encoder-side method "
+                "with an in-decoder one, or either with visor"
             )
     of_encoder = next((cls for cls in classes if role(cls) == "encoder"), None)
     options = [
-        (f"{name}_{each.name}", each.type, field(default=each.default))
+        (option_name(name, each.name), each.type, field(default=each.default))
         for name, cls in zip(names, classes, strict=True)
         for each in fields(cls)
     ]
@@ -137,19 +142,15 @@ def _compose(names: tuple[str, ...], classes: tuple[type[Method], ...]) -> type[
     return make_dataclass("+".join(names), options, bases=(Composite,), namespace=attributes, frozen=True)
 
 
-def compose(name: str, classes: Sequence[type[Method]]) -> type[Composite]:
-    """The class of a composed method.
-
-    Args:
-        name: the parts' names, joined by "+".
+def compose(names: Sequence[str], classes: Sequence[type[Method]]) -> type[Composite]:
+    """The class of a method composed of registered ones.
 
     Raises:
         ValueError: a part named twice, or parts that decide the same thing.
     """
-    names = tuple(name.split("+"))
     if len(set(names)) < len(names):
-        raise ValueError(f"{name}: a part is named twice")
-    return _compose(names, tuple(classes))
+        raise ValueError(f"{'+'.join(names)}: a part is named twice")
+    return _compose(tuple(names), tuple(classes))
 
 
 def rebuild(name: str, options: dict[str, Any]) -> Composite:

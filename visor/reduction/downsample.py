@@ -28,13 +28,22 @@ class Downsample(Method):
     def __post_init__(self) -> None:
         check_integer(self.title, "side", self.side, 1)
 
+    def full_side(self, geometry: ModelGeometry, num_visual: int) -> int:
+        """Side of the one tile's grid."""
+        if geometry.vision is not None and geometry.vision.packs_tiles:
+            raise ValueError(
+                f"{self.title}: {geometry.name} cuts an image into tiles by its size, so a smaller image is cut in "
+                "another way and its number of tokens does not follow from the full one's; give the model smaller images"
+            )
+        return square_side(self.title, num_visual)
+
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
-        full_side = square_side(self.title, num_visual)
+        full_side = self.full_side(geometry, num_visual)
         side = min(self.side, full_side)
         return after_tower(geometry.num_layers, num_visual, "downsample", side * side, image_scale=side / full_side)
 
     def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[Downsample]:
-        return [replace(self, side=side) for side in range(1, square_side(self.title, num_visual) + 1)]
+        return [replace(self, side=side) for side in range(1, self.full_side(geometry, num_visual) + 1)]
 
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         """Nothing is left to do: the smaller image already gave `keep` tokens."""

@@ -1,9 +1,20 @@
-"""Average pooling: the token grid averaged to a smaller one, without training. The control of trained pooling."""
+"""Average pooling: the token grid averaged to a smaller one. `pooling` is training-free, `m3` runs on weights trained
+for it (Matryoshka Multimodal Models: one model, the mean of the losses over all scales); the first is the control of
+the second.
+
+A tile of S x S tokens becomes side x side. An image of several packed tiles keeps the same share (side / S)^2 of its N
+tokens, a number that does not depend on how the tiles were packed: the overview gets its part of them, the packed rows
+the rest, each token the mean of a window (rows and columns cut as evenly as the number allows), each pooled row ended
+by the end of a line where the family has one.
+
+Shapes: B samples, N visual tokens, T after pooling, E feature width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
@@ -12,6 +23,8 @@ from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_integer, square_side
 
 if TYPE_CHECKING:
+    import torch
+
     from budgets.geometry import ModelGeometry
     from visor.vision import ReducedFeatures, VisionFeatures
 
@@ -19,33 +32,113 @@ if TYPE_CHECKING:
 @METHODS.register("pooling")
 @dataclass(frozen=True)
 class Pooling(Method):
-    """Option: `side`, the side of the grid that is left (never more than there is; pooling does not enlarge)."""
+    """Option: `side`, the side of the grid that is left of a tile (never more than there is)."""
 
     side: int = 6
 
+    name: ClassVar[str] = "pooling"
     title: ClassVar[str] = "Average pooling"
     stage: ClassVar[str] = "projected"
+    taps: ClassVar[frozenset[str]] = frozenset({"places"})
+    merges: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_integer(self.title, "side", self.side, 1)
 
+    def full_side(self, geometry: ModelGeometry, num_visual: int) -> int:
+        """Side of a tile's grid."""
+        if geometry.vision is not None and geometry.vision.packs_tiles:
+            return square_side(self.title, geometry.vision.visual_tokens_per_tile)
+        return square_side(self.title, num_visual)
+
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
-        side = min(self.side, square_side(self.title, num_visual))
-        return after_tower(geometry.num_layers, num_visual, "pooling", side * side)
+        full = self.full_side(geometry, num_visual)
+        side = min(self.side, full)
+        keep = max(1, round(num_visual * side**2 / full**2))
+        return after_tower(geometry.num_layers, num_visual, self.name, keep)
 
     def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[Pooling]:
-        return [replace(self, side=side) for side in range(1, square_side(self.title, num_visual) + 1)]
+        return [replace(self, side=side) for side in range(1, self.full_side(geometry, num_visual) + 1)]
 
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         import torch
 
         from visor.vision import ReducedFeatures
 
-        side = square_side(self.title, keep)
-        if vision.grid is None or side > min(vision.grid):
-            raise ValueError(f"{self.title}: cannot average a token grid of {vision.grid} to {side} x {side}")
-        batch, _, width = vision.features_BND.shape
-        grid_BDRC = vision.features_BND.transpose(1, 2).reshape(batch, width, *vision.grid)
-        pooled_BDRC = torch.nn.functional.adaptive_avg_pool2d(grid_BDRC, side)
+        batch, num_visual, width = vision.features_BND.shape
         # Every token lives on in a mean: there is no kept set to show.
-        return ReducedFeatures(pooled_BDRC.flatten(2).transpose(1, 2), None)
+        if vision.grid is None and "places" in vision.taps:
+            rows = zip(vision.features_BND.unbind(), vision.tap("places").unbind(), strict=True)
+            return ReducedFeatures(torch.stack([pool_packed(*row, keep) for row in rows]), None)
+        side = isqrt(keep)
+        if vision.grid is None or side * side != keep or side > min(vision.grid):
+            raise ValueError(f"{self.title}: cannot average a token grid of {vision.grid} to {keep} tokens in a square")
+        grid_BERC = vision.features_BND.transpose(1, 2).reshape(batch, width, *vision.grid)
+        pooled_BERC = torch.nn.functional.adaptive_avg_pool2d(grid_BERC, side)
+        return ReducedFeatures(pooled_BERC.flatten(2).transpose(1, 2), None)
+
+
+@METHODS.register("m3")
+@dataclass(frozen=True)
+class M3(Pooling):
+    """Option: `side`, the side of the grid that is left of a tile. Runs on models trained over such sides: their config
+    names them in `m3_sides`."""
+
+    name: ClassVar[str] = "m3"
+    title: ClassVar[str] = "M3"
+    paper: ClassVar[str] = "Cai et al., Matryoshka Multimodal Models, ICLR 2025"
+    trained: ClassVar[bool] = True
+    needs_config: ClassVar[str | None] = "m3_sides"
+
+
+def pool_packed(features_NE: torch.Tensor, places_N3: torch.Tensor, keep: int) -> torch.Tensor:
+    """One image of packed tiles to `keep` tokens [T, E], in reading order.
+
+    Its tokens are the overview's, and those of the parts: row by row, each row ended by a token that stands for no
+    patch, or, without such ends, tile by tile.
+    """
+    import torch
+
+    kind_N = places_N3[:, 0].round().long()
+    is_overview, is_end = kind_N == 0, kind_N < 0
+    num_overview, num_parts, num_rows = (int(each.sum()) for each in (is_overview, kind_N == 1, is_end))
+    if num_parts == 0:  # one tile, perhaps closed by one end of a line
+        return strips(features_NE[is_overview], isqrt(num_overview), keep)
+    share = min(max(1, round(keep * num_overview / len(features_NE))), num_overview, max(1, keep - 1))
+    if keep == 1:
+        return features_NE[~is_end].mean(0, keepdim=True)
+    overview_TE = strips(features_NE[is_overview], isqrt(num_overview), share)
+    left, parts_ME = keep - share, features_NE[kind_N == 1]
+    if num_rows:
+        end_E = features_NE[is_end][0]
+        return torch.cat([overview_TE, strips(parts_ME, num_rows, left, end_E)])
+    num_tiles = num_parts // num_overview
+    each = [left * (tile + 1) // num_tiles - left * tile // num_tiles for tile in range(num_tiles)]
+    tiles = parts_ME.chunk(num_tiles)
+    pooled = [strips(tile, isqrt(num_overview), count) for tile, count in zip(tiles, each, strict=True) if count]
+    order = [*pooled, overview_TE] if bool(is_overview[-1]) else [overview_TE, *pooled]
+    return torch.cat(order)
+
+
+def strips(features_ME: torch.Tensor, num_rows: int, keep: int, end_E: torch.Tensor | None = None) -> torch.Tensor:
+    """A grid of `num_rows` rows to `keep` tokens: strips of rows, each cut into as many windows as its share.
+
+    Args:
+        end_E: a token that ends each strip and is counted; left out where strips would hold nothing else.
+    """
+    import torch
+
+    num_columns = len(features_ME) // num_rows
+    ends = int(end_E is not None and keep >= 2)
+    num_strips = max(1, min(num_rows, round((keep * num_rows / num_columns) ** 0.5), keep // (1 + ends)))
+    while num_strips < num_rows and keep > num_strips * (num_columns + ends):
+        num_strips += 1
+    grid_RCE = features_ME.view(num_rows, num_columns, -1)
+    rows = []
+    for strip in range(num_strips):
+        count = keep * (strip + 1) // num_strips - keep * strip // num_strips - ends
+        low, high = strip * num_rows // num_strips, (strip + 1) * num_rows // num_strips
+        strip_EC = grid_RCE[low:high].mean(0).T
+        pooled_CE = torch.nn.functional.adaptive_avg_pool1d(strip_EC[None], count)[0].T
+        rows.append(torch.cat([pooled_CE, end_E[None]]) if ends else pooled_CE)
+    return torch.cat(rows)

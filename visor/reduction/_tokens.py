@@ -1,0 +1,37 @@
+"""What the encoder-side tensor rules share. Imported by them when they run: this file imports torch.
+
+Shapes: B samples, N visual tokens, K chosen tokens, E any width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visor.streams import take
+from visor.vision import ReducedFeatures, VisionFeatures
+
+__all__ = ["chosen", "cosines", "kept_mask", "ranked", "take"]
+
+
+def ranked(scores_BN: Tensor) -> Tensor:
+    """Indices by falling score; of equals the earlier one first."""
+    return scores_BN.argsort(dim=1, descending=True, stable=True)
+
+
+def kept_mask(index_BK: Tensor, num_visual: int) -> Tensor:
+    """The indices as a mask [B, N]."""
+    kept_BN = torch.zeros((len(index_BK), num_visual), dtype=torch.bool, device=index_BK.device)
+    return kept_BN.scatter(1, index_BK, True)
+
+
+def chosen(vision: VisionFeatures, index_BK: Tensor) -> ReducedFeatures:
+    """The chosen tokens in their order in the image."""
+    index_BK = index_BK.sort(dim=1).values
+    return ReducedFeatures(take(vision.features_BND, index_BK), kept_mask(index_BK, vision.num_tokens))
+
+
+def cosines(features_BNE: Tensor) -> Tensor:
+    """Cosine of every token to every other, in fp32, where half precision would tie: [B, N, N]."""
+    unit_BNE = torch.nn.functional.normalize(features_BNE.float(), dim=-1)
+    return unit_BNE @ unit_BNE.transpose(1, 2)

@@ -1,0 +1,51 @@
+"""FasterVLM: keep the patches that the tower's CLS token attends to most, in the order of the image.
+
+The score is encoder block -2's attention of the CLS row, mean over heads; the best T tokens stay. Deviations: a tower
+without CLS scores by the attention that a patch receives (`visor.vision.TAPS`); tokens are chosen before the projector,
+which treats each token alone, so the features are the authors' and fewer are projected; an image of several tiles is
+one set of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from budgets.registry import METHODS
+from budgets.schedule import Schedule
+from visor.method import Method
+from visor.reduction._arithmetic import after_tower, check_integer, is_reduced_by, salience_flops
+
+if TYPE_CHECKING:
+    from budgets.geometry import ModelGeometry
+    from visor.vision import ReducedFeatures, VisionFeatures
+
+
+@METHODS.register("fastervlm")
+@dataclass(frozen=True)
+class FasterVLM(Method):
+    """Option: `keep` tokens (a sample that has fewer keeps all)."""
+
+    keep: int = 64
+
+    title: ClassVar[str] = "FasterVLM"
+    paper: ClassVar[str] = "Zhang et al., [CLS] Attention is All You Need for Training-Free Visual Token Pruning, 2024"
+    taps: ClassVar[frozenset[str]] = frozenset({"salience"})
+
+    def __post_init__(self) -> None:
+        check_integer(self.title, "keep", self.keep, 1)
+
+    def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
+        return after_tower(geometry.num_layers, num_visual, "fastervlm", self.keep)
+
+    def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[FasterVLM]:
+        return [replace(self, keep=keep) for keep in range(1, num_visual + 1)]
+
+    def scoring_flops(self, geometry: ModelGeometry, schedule: Schedule, num_text: int) -> int:
+        return salience_flops(geometry, schedule.source_visual) if is_reduced_by(schedule, "fastervlm") else 0
+
+    def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
+        from visor.reduction._tokens import chosen, ranked
+
+        return chosen(vision, ranked(vision.tap("salience"))[:, :keep])
