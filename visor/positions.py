@@ -21,16 +21,18 @@ def split_position_ids(position_ids: Tensor, rotary_emb: nn.Module) -> tuple[Ten
 
     Args:
         position_ids: as transformers passes them: [B or 1, N]; under M-RoPE also [3, B, N], or [4, B, N] with the
-            running numbers first.
+            running numbers first, or [1, B, N] in a later turn, where all axes agree.
 
     Raises:
         ValueError: another shape, or three axes for a decoder that has one.
     """
     if position_ids.ndim == 2:
         return position_ids, position_ids
-    if position_ids.ndim != 3 or position_ids.shape[0] not in (3, 4) or not hasattr(rotary_emb, "mrope_section"):
-        accepted = "[batch, length]" + (", [3 or 4, batch, length]" if hasattr(rotary_emb, "mrope_section") else "")
+    if position_ids.ndim != 3 or position_ids.shape[0] not in (1, 3, 4) or not hasattr(rotary_emb, "mrope_section"):
+        accepted = "[batch, length]" + (", [1, 3 or 4, batch, length]" if hasattr(rotary_emb, "mrope_section") else "")
         raise ValueError(f"schedules need position ids {accepted}, got shape {tuple(position_ids.shape)}")
+    if position_ids.shape[0] == 1:
+        return position_ids[0], None
     running = position_ids[0] if position_ids.shape[0] == 4 else None
     return position_ids[-3:].movedim(0, -1), running
 

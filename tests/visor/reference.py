@@ -12,14 +12,24 @@ from torch import Tensor, nn
 from budgets.schedule import LayerMode, Schedule
 
 
-def embedded_prompt(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:
-    """What enters the decoder: [B, P, D]."""
+def entering(model: nn.Module, prompt: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What enters the decoder: [B, P, D], and behind its first layers (DeepStack): [B, P, D] each, zero at text."""
     seen = {}
     hook = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
     with torch.no_grad():
         model(**prompt)
     hook.remove()
-    return seen["inputs_embeds"]
+    embedded, levels = seen["inputs_embeds"], []
+    for level in seen.get("deepstack_visual_embeds") or []:
+        levels.append(torch.zeros_like(embedded))
+        levels[-1][seen["visual_pos_masks"]] = level
+    return embedded, levels
+
+
+def closed_up(positions: Tensor, before: Tensor, alive: Tensor) -> Tensor:
+    """Positions [axes, n] after every value that only tokens dropped now had is struck out."""
+    gone = sorted(set(positions[:, before].flatten().tolist()) - set(positions[:, alive].flatten().tolist()))
+    return positions - torch.tensor([[sum(g < p for g in gone) for p in axis] for axis in positions.tolist()])
 
 
 def _cross_attention(block: nn.Module, text: Tensor, visual: Tensor) -> Tensor:
@@ -39,7 +49,13 @@ def _cross_attention(block: nn.Module, text: Tensor, visual: Tensor) -> Tensor:
 
 
 def run_one(
-    model: nn.Module, hidden: Tensor, positions: Tensor, visual: Tensor, num_prompt: int, schedule: Schedule
+    model: nn.Module,
+    hidden: Tensor,
+    levels: list[Tensor],
+    positions: Tensor,
+    visual: Tensor,
+    num_prompt: int,
+    schedule: Schedule,
 ) -> tuple[Tensor, Tensor]:
     """(logits [n, vocabulary], alive [n]) of one sample. The model must use eager attention, to show its weights.
 
@@ -59,7 +75,7 @@ def run_one(
             before, alive = alive, ~visual
             alive[best] = True
             if schedule.positions == "contiguous":
-                positions = positions - (before & ~alive).long().cumsum(0)
+                positions = closed_up(positions, before, alive)
         ids = order if op.mode is LayerMode.SELF else order[~visual]
         if op.mode is LayerMode.CROSS and (visual & alive).any():
             block = decoder.cross_blocks[str(i)]
@@ -69,11 +85,13 @@ def run_one(
         output = layer(
             hidden[ids][None],
             attention_mask=torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None],
-            position_embeddings=decoder.rotary_emb(hidden[None], positions[ids][None]),
+            position_embeddings=decoder.rotary_emb(hidden[None], positions[:, ids][:, None].squeeze(0)),
             position_ids=None,
         )
         hook.remove()
         hidden = hidden.index_put((ids,), output[0])
+        if i < len(levels):
+            hidden = hidden + levels[i]
     return model.lm_head(decoder.norm(hidden)), alive
 
 
@@ -82,17 +100,19 @@ def reference(
     model: nn.Module, prompt: dict[str, Tensor], schedules: list[Schedule], new_ids: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """(logits [B, 1 + new tokens, vocabulary] from the last prompt token on, kept visual tokens [N_v] by sample)."""
-    embedded, positions = embedded_prompt(model, prompt), positions_in_generate(prompt)
+    (embedded, levels), positions = entering(model, prompt), positions_in_generate(model, prompt)
     logits, kept = [], []
     for b, schedule in enumerate(schedules):
         real = prompt["attention_mask"][b].bool()
-        hidden, pos, visual = embedded[b][real], positions[b][real], prompt["input_ids"][b][real] == IMAGE_TOKEN
+        hidden, pos, visual = embedded[b][real], positions[:, b, real], prompt["input_ids"][b][real] == IMAGE_TOKEN
+        added = [level[b][real] for level in levels]
         num_prompt = len(hidden)
         if new_ids is not None:
             hidden = torch.cat([hidden, model.get_decoder().embed_tokens(new_ids[b])])
-            pos = torch.cat([pos, pos[-1] + 1 + torch.arange(len(new_ids[b]))])
+            pos = torch.cat([pos, pos[:, -1:] + 1 + torch.arange(len(new_ids[b]))], 1)
+            added = [torch.cat([level, torch.zeros(len(new_ids[b]), level.shape[1])]) for level in added]
             visual = torch.cat([visual, torch.zeros(len(new_ids[b]), dtype=torch.bool)])
-        row, alive = run_one(model, hidden, pos, visual, num_prompt, schedule)
+        row, alive = run_one(model, hidden, added, pos, visual, num_prompt, schedule)
         logits.append(row[num_prompt - 1 :])
         kept.append(alive[visual])
     return torch.stack(logits), kept

@@ -12,7 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 VOCABULARY, IMAGE_TOKEN, VIDEO_TOKEN, PAD = 300, 290, 291, 0
-FAMILIES = ("llava", "llava_onevision")
+FAMILIES = ("llava", "llava_onevision")  # the engine's tests; all families stand in test_families*.py
+NEW_FAMILIES = ("llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "internvl")
+ALL_FAMILIES = (*FAMILIES, *NEW_FAMILIES)
 NUM_LAYERS = 6
 
 
@@ -48,9 +50,78 @@ def _llava_onevision(num_layers: int) -> tuple[type, Any]:
     return transformers.LlavaOnevisionForConditionalGeneration, config
 
 
+def _llava_next(num_layers: int) -> tuple[type, Any]:
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
+    )
+    config = transformers.LlavaNextConfig(
+        vision_config=tower, text_config=_text_config(transformers.LlamaConfig, 4, num_layers),
+        image_token_id=IMAGE_TOKEN, image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]], image_seq_length=16,
+    )  # fmt: skip
+    return transformers.LlavaNextForConditionalGeneration, config
+
+
+def _qwen_vl(num_layers: int, family: str) -> tuple[type, Any]:
+    text = dict(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=num_layers,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    )  # fmt: skip
+    tower = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=64)
+    tokens = dict(
+        image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, vision_start_token_id=292, vision_end_token_id=293,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    if family == "qwen2_5_vl":
+        tower |= dict(patch_size=14, window_size=56, fullatt_block_indexes=[1])
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **tokens)
+        return transformers.Qwen2_5_VLForConditionalGeneration, config
+    text["head_dim"] = 16
+    tower |= dict(patch_size=16, deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **tokens)
+    return transformers.Qwen3VLForConditionalGeneration, config
+
+
+def _idefics3(num_layers: int, prefix: str) -> tuple[type, Any]:
+    named = lambda suffix: getattr(transformers, prefix + suffix)
+    tower = named("VisionConfig")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14
+    )
+    config = named("Config")(
+        vision_config=tower, text_config=_text_config(transformers.LlamaConfig, 2, num_layers),
+        image_token_id=IMAGE_TOKEN, scale_factor=2, tie_word_embeddings=False, pad_token_id=PAD,
+    )  # fmt: skip
+    return named("ForConditionalGeneration"), config
+
+
+def _internvl(num_layers: int) -> tuple[type, Any]:
+    tower = transformers.InternVLVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=[56, 56],
+        patch_size=[14, 14], use_qk_norm=True, layer_scale_init_value=1.0,
+    )  # fmt: skip
+    config = transformers.InternVLConfig(
+        vision_config=tower, text_config=_text_config(transformers.Qwen2Config, 2, num_layers),
+        image_token_id=IMAGE_TOKEN, image_seq_length=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.InternVLForConditionalGeneration, config
+
+
+CONFIGS = {
+    "llava": _llava,
+    "llava_onevision": _llava_onevision,
+    "llava_next": _llava_next,
+    "qwen2_5_vl": lambda layers: _qwen_vl(layers, "qwen2_5_vl"),
+    "qwen3_vl": lambda layers: _qwen_vl(layers, "qwen3_vl"),
+    "smolvlm": lambda layers: _idefics3(layers, "SmolVLM"),
+    "idefics3": lambda layers: _idefics3(layers, "Idefics3"),
+    "internvl": _internvl,
+}
+
+
 def make_model(family: str, attention: str = "sdpa", num_layers: int = NUM_LAYERS, seed: int = 0) -> nn.Module:
     """A tiny model whose weights are large enough that attention is far from uniform and logits matter."""
-    cls, config = {"llava": _llava, "llava_onevision": _llava_onevision}[family](num_layers)
+    cls, config = CONFIGS[family](num_layers)
     torch.manual_seed(seed)
     model = cls._from_config(config, attn_implementation=attention).eval()
     model.generation_config.eos_token_id = None  # never stop early
@@ -81,34 +152,53 @@ def make_prompt(model: nn.Module, batch: int, seed: int = 1, no_image: tuple[int
     generator = torch.Generator().manual_seed(seed)
     words = lambda n: torch.randint(5, 280, (n,), generator=generator)
     pictured = [i for i in range(batch) if i not in no_image]
-    prompt = {}
-    if model.config.model_type == "llava":
-        num_visual = [16] * len(pictured)
-        pixels = torch.randn(len(pictured), 3, 56, 56, generator=generator)
-    else:
-        prompt["image_sizes"] = torch.tensor([[56, 56], [100, 110], [56, 90]] * batch)[: len(pictured)]
-        pixels = torch.randn(len(pictured), 5, 3, 56, 56, generator=generator)
-        if pictured:
-            with torch.no_grad():
-                packed = model.get_image_features(pixels, prompt["image_sizes"], return_dict=True).pooler_output
-            num_visual = [len(features) for features in packed]
+    images, blocks = images_of(model, len(pictured), generator) if pictured else ({}, [])
     rows = []
     for i in range(batch):
-        image = [torch.full((num_visual[pictured.index(i)],), IMAGE_TOKEN)] if i in pictured else []
-        rows.append(torch.cat([words(3), *image, words((9, 5, 7)[i % 3])]))
+        pieces = [words(3)]
+        for length in blocks[pictured.index(i)] if i in pictured else []:
+            pieces += [torch.full((length,), IMAGE_TOKEN), words(2)]
+        rows.append(torch.cat([*pieces, words((7, 3, 5)[i % 3])]))
     longest = max(map(len, rows))
+    prompt = {}
     prompt["input_ids"] = torch.stack([torch.cat([torch.full((longest - len(r),), PAD), r]) for r in rows])
     prompt["attention_mask"] = torch.stack([(torch.arange(longest) >= longest - len(r)).long() for r in rows])
-    if pictured:
-        return {**prompt, "pixel_values": pixels}
-    return {name: x for name, x in prompt.items() if name != "image_sizes"}
+    if model.config.model_type.startswith("qwen"):
+        prompt["mm_token_type_ids"] = (prompt["input_ids"] == IMAGE_TOKEN).int()
+    return {**prompt, **images}
+
+
+def images_of(model: nn.Module, count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """What a processor would make of `count` images, one a sample, of differing sizes where the family allows it; and
+    for each image the lengths of its blocks of image tokens in the prompt."""
+    family, side = model.config.model_type, (count, 3, 56, 56)
+    if family == "llava":
+        return {"pixel_values": torch.randn(side, generator=generator)}, [[16]] * count
+    if family == "internvl":
+        return {"pixel_values": torch.randn(side, generator=generator)}, [[4]] * count
+    if family in ("smolvlm", "idefics3"):  # two tiles and the whole image: three blocks
+        return {"pixel_values": torch.randn(count, 3, 3, 56, 56, generator=generator)}, [[4, 4, 4]] * count
+    if family.startswith("qwen"):
+        patch = model.config.vision_config.patch_size
+        grids = torch.tensor([[1, 8, 8], [1, 4, 6], [1, 6, 8]] * count)[:count]
+        pixels = torch.randn(int(grids.prod(-1).sum()), 3 * 2 * patch**2, generator=generator)
+        blocks = [[n // 4] for n in grids.prod(-1).tolist()]
+        return {"pixel_values": pixels, "image_grid_thw": grids}, blocks
+    sizes = torch.tensor([[56, 56], [100, 110], [56, 90]] * count)[:count]
+    images = {"pixel_values": torch.randn(count, 5, 3, 56, 56, generator=generator), "image_sizes": sizes}
+    with torch.no_grad():
+        packed = model.get_image_features(**images, return_dict=True).pooler_output
+    return images, [[len(features)] for features in packed]
 
 
 def single(prompt: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """One sample of a batch in which all have images, without its padding."""
     real = prompt["attention_mask"][row].bool()
     one = {name: prompt[name][row : row + 1] for name in prompt}
-    return {**one, "input_ids": one["input_ids"][:, real], "attention_mask": one["attention_mask"][:, real]}
+    if "image_grid_thw" in prompt:  # Qwen-VL: the patches of all images in one row
+        one["pixel_values"] = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(-1).tolist())[row]
+    by_token = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return {name: x[:, real] if name in by_token else x for name, x in one.items()}
 
 
 def visual_counts(prompt: dict[str, Tensor]) -> list[int]:
@@ -119,10 +209,14 @@ def visual_counts(prompt: dict[str, Tensor]) -> list[int]:
 def continued(prompt: dict[str, Tensor], new_ids: Tensor) -> dict[str, Tensor]:
     """The prompt with tokens appended, as one prompt."""
     ones = torch.ones_like(new_ids)
+    types = {}
+    if "mm_token_type_ids" in prompt:
+        types["mm_token_type_ids"] = torch.cat([prompt["mm_token_type_ids"], torch.zeros_like(new_ids).int()], 1)
     return {
         **prompt,
         "input_ids": torch.cat([prompt["input_ids"], new_ids], 1),
         "attention_mask": torch.cat([prompt["attention_mask"], ones], 1),
+        **types,
     }
 
 
@@ -133,7 +227,9 @@ def generate(model: nn.Module, prompt: dict[str, Tensor], num_tokens: int = 5, *
         return model.generate(**prompt, max_new_tokens=num_tokens, **options)
 
 
-def positions_in_generate(prompt: dict[str, Tensor]) -> Tensor:
-    """Position ids as generate() numbers them: each row starts at its first real token."""
+def positions_in_generate(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:
+    """Position ids [axes, B, P] as generate() numbers them: each row starts at its first real token."""
     mask = prompt["attention_mask"]
-    return (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+    if "image_grid_thw" in prompt:
+        return model.model.get_rope_index(**{name: x for name, x in prompt.items() if name != "pixel_values"})[0]
+    return (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)[None]

@@ -22,14 +22,20 @@ class FamilyAdapter:
     Class attributes:
         raw_image_inputs: forward arguments that carry pixels.
         image_token_fields: fields of the config that hold the token ids standing for visual tokens.
-        supports_contiguous_positions: False where position ids are not one running number a token (M-RoPE).
+        image_fields: what the processor makes of images, as the forward takes it: pixels and what describes them.
+        sample_fields: of these, what it makes once a prompt, not once an image.
+        has_grid_positions: True if position ids have several axes (M-RoPE), so that they are the caller's to give.
+        merges_patches: True if a visual token is made of several patches (see families/merging.py).
         packs_tiles: True if an image may be several tiles, packed into one sequence after the projector; False if its
             one tile is a plain grid of tokens.
     """
 
     raw_image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     image_token_fields: ClassVar[tuple[str, ...]] = ("image_token_id",)
-    supports_contiguous_positions: ClassVar[bool] = True
+    image_fields: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    sample_fields: ClassVar[tuple[str, ...]] = ()
+    has_grid_positions: ClassVar[bool] = False
+    merges_patches: ClassVar[bool] = False
     packs_tiles: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -92,12 +98,26 @@ class FamilyAdapter:
             raise ValueError(f"{type(self).__name__} takes one tile an image, got {len(tiles_TNE)}")
         return tiles_TNE[0]
 
-    def image_outputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
+    def split_images(self, inputs: Mapping[str, Tensor], num_images: int) -> list[dict[str, Tensor]]:
+        """What the processor made of all images of a prompt, image by image."""
+        split = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(num_images)]
+        return [{**image, **{name: inputs[name] for name in self.sample_fields if name in inputs}} for image in split]
+
+    def position_ids(self, input_ids: Sequence[int], images: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Position ids [axes, P] of one prompt with all its visual tokens (families that `has_grid_positions`).
+
+        Args:
+            images: pixel inputs of the prompt's images, in order.
+        """
+        raise TypeError(f"{type(self).__name__} numbers its tokens one by one; transformers does that")
+
+    def image_outputs(self, features: Sequence[Tensor], levels: Sequence[Sequence[Tensor]] = ()) -> dict[str, Any]:
         """The value of `mm_encoder_outputs` that feeds ready features instead of pixels.
 
         Args:
             features: one [N_i, d] tensor an image, projected, in the order of the images in the batch. N_i must equal
                 the number of image tokens that the prompt holds for that image.
+            levels: for each image what DeepStack adds behind the first layers, [N_i, d] a level.
         """
         return {"image": image_output(list(features))}
 

@@ -1,0 +1,139 @@
+"""Families whose projector merges neighbouring patches into one visual token: pixel shuffle or Qwen-VL's merger.
+
+A tower token is no visual token there, so all encoder-side methods act on projected features, and what they read of
+the tower's patches (attention, keys) is the mean over the patches that a visual token is made of. The features come
+from the family's own `get_image_features`, so they are the model's to the bit.
+
+Shapes: T tiles, P tower tokens of a tile (CLS included), N visual tokens of an image, n those of a tile, D decoder
+width, E any width, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from visor.families.base import FamilyAdapter
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One image behind the projector.
+
+    Args:
+        features_ND: what the prompt takes.
+        levels: what DeepStack adds behind the first layers, [N, D] each; empty without DeepStack.
+        taps: by name, [N] or [N, E].
+        grid: rows and columns of the visual tokens; None for several tiles.
+    """
+
+    features_ND: Tensor
+    levels: tuple[Tensor, ...]
+    taps: dict[str, Tensor]
+    grid: tuple[int, int] | None
+
+
+class MergingAdapter(FamilyAdapter):
+    """Adds to the adapter how an image is encoded and read."""
+
+    merges_patches: ClassVar[bool] = True
+
+    @property
+    def merge(self) -> int:
+        """Patches along the side of a visual token."""
+        raise NotImplementedError
+
+    def encode_image(self, pixel_inputs: Mapping[str, Tensor], taps: Collection[str]) -> EncodedImage:
+        """One image through tower and projector."""
+        raise NotImplementedError
+
+
+class TileMergingAdapter(MergingAdapter):
+    """Towers over fixed tiles with separate query and key projections; pixel shuffle before the projector."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The tower's blocks."""
+        return self.tower.encoder.layers
+
+    @property
+    def cuts_cls(self) -> bool:
+        """True if the tower has a CLS, which is cut off before the projector."""
+        return False
+
+    def projections(self, block: nn.Module) -> dict[str, nn.Module]:
+        """The modules of a block whose outputs [T, P, H d] are its queries "q" and keys "k"."""
+        return {"q": block.self_attn.q_proj, "k": block.self_attn.k_proj}
+
+    def feature_arguments(self, pixel_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments of `get_image_features` for one image."""
+        raise NotImplementedError
+
+    def tile_layout(self, pixel_inputs: Mapping[str, Tensor]) -> tuple[int, tuple[int, int]]:
+        """The whole image comes last; of the others the number is known, and rows and columns follow from its shape.
+
+        Raises:
+            ValueError: several tiles and no "image_sizes" [1, 2] (height, width) beside them.
+        """
+        num_parts = len(self.tiles(pixel_inputs)) - 1
+        if num_parts == 0:
+            return 0, (0, 0)
+        if "image_sizes" not in pixel_inputs:
+            raise ValueError("where the tiles look follows from the image's size; give image_sizes=[[height, width]]")
+        height, width = pixel_inputs["image_sizes"][0].tolist()
+        shapes = [(rows, num_parts // rows) for rows in range(1, num_parts + 1) if num_parts % rows == 0]
+        return -1, min(shapes, key=lambda shape: abs(math.log(shape[0] / shape[1] * width / height)))
+
+    def encode_image(self, pixel_inputs: Mapping[str, Tensor], taps: Collection[str]) -> EncodedImage:
+        # Not at the top: vision.py knows adapters.
+        from visor.vision import BLOCK_OF_TAP, read_taps, tile_places, whole_image_places
+
+        wanted = sorted({BLOCK_OF_TAP[tap] for tap in taps if tap in BLOCK_OF_TAP})
+        with reading({index: self.projections(self.blocks[index]) for index in wanted}) as seen:
+            output = self.inner.get_image_features(**self.feature_arguments(pixel_inputs), return_dict=True)
+        features = output.pooler_output
+        features_ND = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
+        num_tiles = len(self.tiles(pixel_inputs))
+        features_TnD = features_ND.unflatten(0, (num_tiles, -1))
+        values: dict[str, Tensor] = {}
+        if seen:
+            num_heads = self.model.config.vision_config.num_attention_heads
+            read = read_taps(taps, seen, num_heads, self.cuts_cls, int(self.cuts_cls))
+            values = {name: self.merged(value).flatten(0, 1) for name, value in read.items()}
+        side = math.isqrt(features_TnD.shape[1])
+        if "places" in taps:
+            overview, parts = self.tile_layout(pixel_inputs)
+            if parts == (0, 0):
+                places_TN3 = whole_image_places(features_TnD, (side, side))
+            else:
+                places_TN3 = tile_places(features_TnD, overview, parts)
+            values["places"] = places_TN3.flatten(0, 1)
+        return EncodedImage(features_ND, (), values, (side, side) if num_tiles == 1 else None)
+
+    def merged(self, value_TPx: Tensor) -> Tensor:
+        """Patches' values [T, P] or [T, P, E] as means over the patches of a visual token: [T, n] or [T, n, E]."""
+        side, merge = math.isqrt(value_TPx.shape[1]), self.merge
+        cells = value_TPx.unflatten(1, (side // merge, merge, side // merge, merge))
+        return cells.mean((2, 4)).flatten(1, 2)
+
+
+@contextmanager
+def reading(modules: Mapping[int, Mapping[str, nn.Module]]):
+    """Within it, forwards leave the outputs of the given modules in the dict, by block and name."""
+    seen: dict[int, dict[str, Tensor]] = {index: {} for index in modules}
+    handles = [
+        module.register_forward_hook(lambda _m, _a, out, i=index, n=name: seen[i].__setitem__(n, out))
+        for index, named in modules.items()
+        for name, module in named.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
