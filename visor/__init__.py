@@ -1,4 +1,9 @@
 """VISOR: vision-language models that keep every visual token and make the interaction sparse.
 
-Importing this package is cheap; torch and transformers are imported by the modules that need them.
+Importing this package is cheap; torch and transformers are imported by the modules that need them. It makes VISOR
+models known to transformers' Auto classes.
 """
+
+from visor.registration import register
+
+register()

@@ -173,9 +173,9 @@ def _check_reduction(reduction: Any) -> None:
         return
     if not isinstance(reduction, dict) or set(reduction) - {"method", "params"} or "method" not in reduction:
         raise ValueError(f'reduction must be None or {{"method": ..., "params": {{...}}}}, got {reduction!r}')
-    from budgets.registry import METHODS
+    from visor.shortening import check_reduction
 
-    METHODS.get(reduction["method"])(**reduction.get("params", {}))
+    check_reduction(reduction)
 
 
 AutoConfig.register(VisorConfig.model_type, VisorConfig, exist_ok=True)

@@ -3,7 +3,8 @@
 The base stays the real model, at `.base`; its decoder is made elastic and holds the cross-attention blocks. A call
 says which configuration runs: an index (or one a sample), a share of the dense FLOPs, or the router's choice.
 
-Shapes: B batch, P prompt length, A labelled positions, W vocabulary, D hidden width, C configurations.
+Shapes: B batch, P prompt length, A labelled positions, W vocabulary, D hidden width, C configurations, R routing
+vector.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from budgets.schedule import LayerMode, LayerOp, Schedule, dense
-from visor.configuration import VisorConfig
+from budgets.geometry import ModelGeometry, from_config
+from budgets.schedule import Schedule
+from visor.configuration import ROUTER_INPUTS, VisorConfig
 from visor.decoder import install, running
 from visor.families.base import FamilyAdapter, adapter_for
-from visor.router import Router
+from visor.router import Router, RouterOutput
+from visor.selection import Request, Selection, schedule_of, select
+from visor.shortening import shorten
 
 IGNORED = -100
-POLICIES = ("router",)
 
 
 @dataclass
@@ -33,9 +38,10 @@ class VisorOutput(ModelOutput):
     """What a forward returns.
 
     Args:
-        loss: mean cross-entropy over the labelled text positions.
-        logits: [B, P, W], or [A, W] of the labelled positions in reading order with `logits_to_keep="labels"`.
-        configurations: [B], the configuration that each sample ran; -1 is the dense model.
+        loss: cross-entropy over the labelled text positions: their mean, or their sum over `num_items_in_batch`.
+        logits: [B, P, W]; [A, W] of the labelled positions in reading order with `logits_to_keep="labels"`; None while
+            training with labels, unless asked for.
+        configurations: [B], the configuration that each sample ran; -1 is the dense model, None a later token.
     """
 
     loss: Tensor | None = None
@@ -55,7 +61,13 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         budget: decoder prefill FLOPs relative to dense: the costliest configuration within it, per sample.
         policy: "router"; with `cost_weight=lambda` the cost-aware one.
 
-    and without any of them run `config.default_configuration`.
+    and without any of them run `config.default_configuration`. Samples of one batch may differ: what their
+    configurations share runs once. With `config.reduction`, prompts are shortened on the way in: logits and positions
+    are those of the shortened prompt (the last is still the last), `generate` returns the ids that it was given.
+
+    Training: give `labels` (or `shift_labels`, already shifted). The loss is taken of text that text predicts, never at
+    visual tokens. Several texts behind one image: `segment_ids` (see `visor.decoder.running`) with `position_ids` and
+    `use_cache=False`.
     """
 
     config_class = VisorConfig
@@ -64,9 +76,11 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules = None
 
     def __init__(self, config: VisorConfig) -> None:
         super().__init__(config)
@@ -96,15 +110,18 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             base, config.cross_layers, cross_kernel=config.cross_kernel, visual_source=config.visual_source
         )
         if config.router is not None:
-            weight = next(base.parameters())
-            width, inputs = base.config.get_text_config().hidden_size, config.router.get("inputs", ROUTER_DEFAULT)
-            router = Router(width, inputs, config.router["hidden_size"], len(config.configurations))
-            self.router = router.to(weight.device, weight.dtype)
+            self._make_router()
+
+    def _make_router(self) -> None:
+        config, weight = self.config, self.get_output_embeddings().weight
+        width, inputs = config.get_text_config().hidden_size, config.router.get("inputs", ROUTER_INPUTS)
+        router = Router(width, inputs, config.router["hidden_size"], len(config.configurations))
+        self.router = router.to(weight.device, weight.dtype)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Router):
             module.initialise()
-        elif not any(module is inner for inner in getattr(self, "router", nn.Module()).modules()):
+        else:
             super()._init_weights(module)
 
     # --- parts, as transformers asks for them ---------------------------------------------------------------------
@@ -154,62 +171,229 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # --- configurations -------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _geometry(self) -> ModelGeometry:
+        return from_config(self.config.to_dict())
+
     def schedules(self, configurations: Sequence[int], num_visual: Sequence[int]) -> list[Schedule]:
         """The schedule of each sample.
 
         Raises:
             ValueError: an index that does not exist.
         """
-        return [schedule_of(self.config, index, count) for index, count in zip(configurations, num_visual, strict=True)]
+        return [schedule_of(self.config, index, n) for index, n in zip(configurations, num_visual, strict=True)]
+
+    def set_configurations(self, configurations: Sequence[Sequence[int]], default: int = -1) -> None:
+        """Put a list of viable configurations in the place of the present one. A router starts anew.
+
+        Raises:
+            ValueError: a layer that is no slot, or another order than cheapest first.
+        """
+        before = self.config.configurations, self.config.default_configuration
+        self.config.configurations = [list(subset) for subset in configurations]
+        self.config.default_configuration = default
+        try:
+            self.config.check()
+        except ValueError:
+            self.config.configurations, self.config.default_configuration = before
+            raise
+        self.__dict__.pop("_geometry", None)
+        if self.config.router is not None:
+            self._make_router()
+
+    def add_router(self, hidden_size: int, inputs: Sequence[str] = ROUTER_INPUTS) -> Router:
+        """A new router over the present configurations, instead of one that there may be."""
+        before, self.config.router = self.config.router, {"hidden_size": hidden_size, "inputs": list(inputs)}
+        try:
+            self.config.check()
+        except ValueError:
+            self.config.router = before
+            raise
+        self.__dict__.pop("_geometry", None)
+        self._make_router()
+        return self.router
+
+    @torch.no_grad()
+    def routing_vectors(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """What the router reads of each sample, [B, R]: the layers before the first choice run, and no other.
+
+        Raises:
+            ValueError: there is no router, or nothing to choose.
+        """
+        if self.config.router is None or self.config.router_layer is None:
+            what = "no router" if self.config.router is None else "one configuration only"
+            raise ValueError(f"this model has {what}; see add_router and set_configurations")
+        vectors: list[Tensor] = []
+
+        def look(streams: Any) -> list[int]:
+            vectors.append(self.router.vector(streams))
+            return [0] * len(streams.num_text)
+
+        inputs = self._prepared({"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
+        alternatives = self.schedules(range(len(self.config.configurations)), [0] * len(self.config.configurations))
+        with running(self.base, alternatives, choose=look, stop=True):
+            self.adapter.inner(**inputs, use_cache=False)
+        return vectors[0]
+
+    @torch.no_grad()
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> RouterOutput:
+        """What the router says about each sample."""
+        return RouterOutput(self.router(self.routing_vectors(input_ids, attention_mask, **inputs)))
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    def _prepared(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The forward's arguments, with fewer visual tokens if the config says so."""
+        fed = any(inputs.get(name) is not None for name in self.adapter.raw_image_inputs)
+        if self.config.reduction is None or not fed or inputs.get("input_ids") is None:
+            return inputs
+        return shorten(self.adapter, self._geometry, self.config.reduction, inputs).inputs
+
+    def _lengths(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Visual and text tokens of each sample, on the host."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None:
+            embeds = inputs["inputs_embeds"]
+            return [0] * len(embeds), [embeds.shape[1]] * len(embeds)
+        ids = ids.to("cpu")
+        real_BP = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to("cpu").bool()
+        visual_BP = self._visual(ids, inputs) & real_BP
+        return visual_BP.sum(1).tolist(), (real_BP & ~visual_BP).sum(1).tolist()
+
+    def _visual(self, ids_BP: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Which tokens of a prompt are visual, [B, P]."""
+        if not self.adapter.images_are_fed(inputs):
+            return torch.zeros_like(ids_BP, dtype=torch.bool)
+        return torch.isin(ids_BP, torch.tensor(self.adapter.image_token_ids, device=ids_BP.device))
 
     @contextmanager
-    def _running(self, inputs: dict[str, Any], configuration: Any) -> Iterator[None]:
+    def _running(self, request: Request, inputs: dict[str, Any], segments: Tensor | None = None) -> Iterator[Any]:
         """Run the base under what the caller has asked for; inside an outer `visor.decoder.running`, under that."""
-        decoder = self.get_decoder()
-        if decoder._run is not None and configuration is None:
-            yield
+        cache = inputs.get("past_key_values")
+        goes_on = cache is not None and cache.get_seq_length() > 0
+        if goes_on and not request.is_empty:
+            raise ValueError("later tokens of a sequence run as its prompt has; give the configuration with the prompt")
+        if goes_on or (self.get_decoder()._run is not None and request.is_empty):
+            yield None
             return
-        index = self.config.default_configuration if configuration is None else configuration
-        with running(self.base, schedule_of(self.config, index, 0)):
-            yield
+        router = self.router if self.config.router is not None else None
+        selection = select(self.config, lambda: self._geometry, router, request, *self._lengths(inputs))
+        with running(self.base, selection.schedules, choose=selection.choose, segments=segments):
+            yield selection
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        shift_labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         configuration: Any = None,
-        logits_to_keep: int | Tensor = 0,
+        budget: float | None = None,
+        policy: str | None = None,
+        cost_weight: float | None = None,
+        logits_to_keep: int | str | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
         **inputs: Any,
-    ) -> VisorOutput:
-        """See the class."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **inputs}
-        with self._running(inputs, configuration):
+    ) -> VisorOutput | tuple:
+        """See the class.
+
+        Raises:
+            ValueError: what is asked for does not exist, or tokens and images do not match.
+        """
+        request = Request(configuration, budget, policy, cost_weight)
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                   "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}  # fmt: skip
+        aligned = {"labels": labels, "shift_labels": shift_labels, "segment_ids": segment_ids}
+        inputs = self._prepared({**inputs, **aligned})
+        labels, shift_labels, segment_ids = (inputs.pop(name) for name in aligned)
+        with self._running(request, inputs, segment_ids) as selection:
             outputs = self.adapter.inner(**inputs)
-        hidden_BPD = outputs[0]
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(hidden_BPD[:, kept])
-        return VisorOutput(logits=logits, past_key_values=outputs.past_key_values)
+        hidden_BPD, head = outputs[0], self.get_output_embeddings()
+        result = VisorOutput(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            configurations=_chosen(selection, hidden_BPD),
+        )
+        only_labels = isinstance(logits_to_keep, str)
+        if only_labels and (logits_to_keep != "labels" or (labels is None and shift_labels is None)):
+            raise ValueError(f'logits_to_keep is a number, positions, or "labels" with labels, got {logits_to_keep!r}')
+        if labels is not None or shift_labels is not None:
+            target_BP = self._targets(inputs, labels, shift_labels, segment_ids)
+            labelled_BP = target_BP != IGNORED
+            logits_AW = head(hidden_BPD[labelled_BP])
+            total = F.cross_entropy(logits_AW.float(), target_BP[labelled_BP], reduction="sum")
+            result.loss = total / (labelled_BP.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            if only_labels:
+                result.logits = logits_AW
+        if not only_labels and (result.loss is None or not self.training):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = head(hidden_BPD[:, kept])
+        return result.to_tuple() if return_dict is False else result
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, configuration: Any = None, **kwargs: Any) -> Any:
-        """The base's `generate`."""
-        with self._running(kwargs, configuration):
-            return self.base.generate(inputs, *args, **kwargs)
+    def _targets(
+        self, inputs: dict[str, Any], labels: Tensor | None, shift_labels: Tensor | None, segment_ids: Tensor | None
+    ) -> Tensor:
+        """What each position is to predict, [B, P]: text predicts text, and of its own segment."""
+        if labels is not None and shift_labels is not None:
+            raise ValueError("give labels, or shift_labels (already shifted), not both")
+        ids_BP = inputs["input_ids"]
+        if ids_BP is None:
+            raise ValueError("labels need input_ids: they tell which positions are text")
+        text_BP = ~self._visual(ids_BP, inputs)
+        if inputs.get("attention_mask") is not None:
+            text_BP &= inputs["attention_mask"].bool()
+        if shift_labels is not None:
+            return shift_labels.masked_fill(~text_BP, IGNORED)
+        follows_BP = text_BP[:, :-1] & text_BP[:, 1:]
+        if segment_ids is not None:
+            follows_BP &= segment_ids[:, :-1] == segment_ids[:, 1:]
+        return F.pad(labels[:, 1:].masked_fill(~follows_BP, IGNORED), (0, 1), value=IGNORED)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        configuration: Any = None,
+        budget: float | None = None,
+        policy: str | None = None,
+        cost_weight: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's `generate`: caches, beams, sampling, streamers, as it has them."""
+        request = Request(configuration, budget, policy, cost_weight)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        given_ids = kwargs.get("input_ids")
+        kwargs = self._prepared(kwargs)
+        with self._running(request, kwargs):
+            output = self.base.generate(generation_config=generation_config, **kwargs)
+        if given_ids is None or kwargs["input_ids"] is given_ids:
+            return output
+        return _with_prompt(output, given_ids, kwargs["input_ids"].shape[1])
 
 
-def schedule_of(config: VisorConfig, index: int | str, num_visual: int) -> Schedule:
-    """The schedule of a configuration, by its index, or "dense"."""
-    if index == "dense":
-        return dense(config.num_layers, num_visual)
-    chosen = config.configurations[config.check_index(index)]
-    ops = [LayerOp(LayerMode.TEXT)] * config.num_layers
-    for mode, layers in ((LayerMode.CROSS, config.cross_layers), (LayerMode.SELF, chosen)):
-        for layer in layers:
-            ops[layer] = LayerOp(mode)
-    return Schedule(tuple(ops), num_visual)
+def _chosen(selection: Selection | None, like: Tensor) -> Tensor | None:
+    return None if selection is None else torch.tensor(selection.chosen, device=like.device)
 
 
-ROUTER_DEFAULT = ("last", "text", "visual")
+def _with_prompt(output: Any, prompt_ids: Tensor, num_shortened: int) -> Any:
+    """Generated sequences behind the prompt as it was given, in the place of the shortened one."""
+    ids = output if isinstance(output, Tensor) else output.sequences
+    repeats = len(ids) // len(prompt_ids)  # beams that are returned
+    ids = torch.cat([prompt_ids.repeat_interleave(repeats, 0), ids[:, num_shortened:]], 1)
+    if isinstance(output, Tensor):
+        return ids
+    output.sequences = ids
+    return output
+
+
 AutoModelForImageTextToText.register(VisorConfig, VisorForConditionalGeneration, exist_ok=True)
