@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,18 @@ from torch import Tensor
 from budgets import geometry as geometries
 from budgets.registry import METHODS, nearest_first
 from budgets.schedule import LayerMode, Reduction, Schedule
-from visor import checkpoint, decoder
+from visor import chat, checkpoint, decoder
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.method import tower_reduction
-from visor.prompt import Generation, PreparedSample, Prompt, kept_over_image, pixel_hash, readable, shortened
+from visor.prompt import Generation, PreparedSample, Prompt, arranged, kept_over_image, running_numbers
+from visor.several import SeveralImages, images_of, joined, left_of_images, reductions
 from visor.stopwatch import scoring
 from visor.vision import ReducedFeatures, VisionFeatures, encode_images, project
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from visor.selection import Request, Selection
 
 __all__ = ["Generation", "GroupState", "LoadedModel", "PreparedSample", "available_devices", "taps_of"]
 
@@ -132,6 +136,14 @@ class LoadedModel:
         loaded.card = checkpoint.read_card(folder)
         return loaded
 
+    @cached_property
+    def tower_sha256(self) -> str:
+        """Hash of all that vision features come from: checkpoints that were fine-tuned around one tower share them."""
+        modules = [self.adapter.tower, *([self.adapter.projector] if self.adapter.packs_tiles else [])]
+        config = self.model.config
+        fields = ("vision_feature_layer", "vision_feature_select_strategy")
+        return checkpoint.modules_sha256(modules, repr([getattr(config, field, None) for field in fields]))
+
     @property
     def device(self) -> str:
         """Where the weights are: "cpu", "cuda:0", ..."""
@@ -150,32 +162,20 @@ class LoadedModel:
         Raises:
             ValueError: the question is empty or holds the image placeholder, or the image cannot be read.
         """
-        if not isinstance(question, str) or not question.strip():
+        if not isinstance(question, str):
             raise ValueError("the question is empty")
-        placeholder = getattr(self.processor, "image_token", None)
-        if placeholder and placeholder in question:
-            raise ValueError(f"the question holds {placeholder!r}, which stands for an image; write it another way")
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if image is not None:
-            content.insert(0, {"type": "image", "image": readable(image)})
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        input_ids = inputs["input_ids"][0].tolist()
-        image_ids = set(self.adapter.image_token_ids)
-        slots = [index for index, token in enumerate(input_ids) if token in image_ids]
-        if slots and slots[-1] - slots[0] + 1 != len(slots):
-            raise ValueError("the prompt has several blocks of image tokens; one image a sample is supported")
-        if bool(slots) != (image is not None):
-            raise ValueError(f"the chat template put {len(slots)} image tokens for {int(image is not None)} images")
-        wanted = {*self.adapter.raw_image_inputs, "image_sizes"} if slots else set()
-        pixel_inputs = {name: inputs[name] for name in sorted(wanted) if inputs.get(name) is not None}
-        key = pixel_hash(pixel_inputs) if slots else None
-        return PreparedSample(tuple(input_ids), len(input_ids) - len(slots), len(slots), pixel_inputs, key)
+            content.insert(0, {"type": "image", "image": image})
+        return self.prepare_chat([{"role": "user", "content": content}])
+
+    def prepare_chat(self, messages: Sequence[chat.Message]) -> PreparedSample:
+        """A conversation of any number of turns and images, through the processor's own chat template (`visor.chat`).
+
+        Raises:
+            ValueError: something else than texts and readable images, or no question at the end.
+        """
+        return chat.prepare(self.processor, self.adapter, messages)
 
     # --- images ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class LoadedModel:
         taps: Collection[str] = (),
         image_scale: float = 1.0,
         inside: Reduction | None = None,
-    ) -> list[VisionFeatures | None]:
+    ) -> list[VisionFeatures | SeveralImages | None]:
         """The tower's features, a row a sample (None without an image); equal images are encoded once.
 
         Args:
@@ -197,16 +197,23 @@ class LoadedModel:
         with_image = [sample for sample in prepared if sample.image_key is not None]
         if not with_image:
             return [None] * len(prepared)
-        pixels = [
-            {
+        pixels, keys = [], []
+        for sample in with_image:
+            inputs = {
                 name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
                 for name, value in sample.pixel_inputs.items()
             }
-            for sample in with_image
-        ]
-        keys = [sample.image_key for sample in with_image]
+            if sample.num_images == 1:
+                pixels, keys = [*pixels, inputs], [*keys, sample.image_key]
+                continue
+            pixels += self.adapter.split_images(inputs, sample.num_images)
+            keys += [f"{sample.image_key}/{i}" for i in range(sample.num_images)]
         rows = iter(encode_images(self.adapter, pixels, keys, taps, image_scale, inside))
-        return [None if sample.image_key is None else next(rows) for sample in prepared]
+        result: list[VisionFeatures | SeveralImages | None] = []
+        for sample in prepared:
+            images = [next(rows) for _ in range(sample.num_images)] if sample.image_key is not None else [None]
+            result.append(images[0] if len(images) == 1 else SeveralImages(tuple(images)))
+        return result
 
     @torch.inference_mode()
     def reduce(
@@ -224,19 +231,29 @@ class LoadedModel:
         for index, sample in enumerate(prepared):
             encoder = schedules[index].encoder
             if vision[index] is not None and encoder is not None and METHODS.get(encoder.method).reads_text:
-                vision[index] = replace(vision[index], text=(self.embedded_text(sample),))
-        groups: dict[Hashable, list[int]] = defaultdict(list)
-        for index, (row, schedule) in enumerate(zip(vision, schedules, strict=True)):
-            if row is not None:
-                _check_row(row, schedule)
-                groups[row.num_tokens, row.grid, row.stage, schedule.encoder].append(index)
+                text = (self.embedded_text(sample),)
+                images = tuple(replace(image, text=text) for image in images_of(vision[index]))
+                vision[index] = images[0] if len(images) == 1 else SeveralImages(images)
+        groups: dict[Hashable, list[tuple[int, int]]] = defaultdict(list)
+        for index, (sample, schedule) in enumerate(zip(vision, schedules, strict=True)):
+            if sample is None:
+                continue
+            _check_row(sample, schedule)
+            images = images_of(sample)
+            shares = reductions(schedule.encoder, [image.num_tokens for image in images])
+            for number, (image, reduction) in enumerate(zip(images, shares, strict=True)):
+                groups[image.num_tokens, image.grid, image.stage, reduction].append((index, number))
+        reduced_images: dict[tuple[int, int], ReducedFeatures] = {}
+        for (*_, reduction), members in groups.items():
+            stack = VisionFeatures.stack([images_of(vision[index])[number] for index, number in members])
+            reduced = self._reduce_stack(stack, reduction).with_levels(stack)
+            reduced_images.update({member: reduced.row(place) for place, member in enumerate(members)})
         results: list[ReducedFeatures | None] = [None] * len(vision)
-        for (_, _, _, reduction), members in groups.items():
-            reduced = self._reduce_stack(VisionFeatures.stack([vision[index] for index in members]), reduction)
-            for place, index in enumerate(members):
-                row = slice(place, place + 1)
-                kept = None if reduced.kept_BN is None else reduced.kept_BN[row]
-                results[index] = ReducedFeatures(reduced.features_BTD[row], kept)
+        for index, sample in enumerate(vision):
+            if sample is not None:
+                images = images_of(sample)
+                own = [reduced_images[index, number] for number in range(len(images))]
+                results[index] = joined(own, [image.num_tokens for image in images])
         return results
 
     def embedded_text(self, sample: PreparedSample) -> Tensor:
@@ -250,6 +267,11 @@ class LoadedModel:
         resolved = []
         for row, schedule in zip(vision, schedules, strict=True):
             if row is not None and schedule.encoder is not None and METHODS.get(schedule.encoder.method).adaptive:
+                if isinstance(row, SeveralImages):
+                    raise ValueError(
+                        f"{METHODS.get(schedule.encoder.method).title}: how many tokens stay follows from the image, "
+                        f"and the prompt has {len(row.images)}; give a number"
+                    )
                 schedule = METHODS.get(schedule.encoder.method)(**dict(schedule.encoder.params)).resolve(schedule, row)
             resolved.append(schedule)
         return resolved
@@ -257,7 +279,8 @@ class LoadedModel:
     def _reduce_stack(self, stack: VisionFeatures, reduction: Reduction | None) -> ReducedFeatures:
         if reduction is None:
             everything_BN = torch.ones(stack.features_BND.shape[:2], dtype=torch.bool, device=self.model.device)
-            return ReducedFeatures(project(self.adapter, stack.features_BND, stack.stage), everything_BN)
+            places_BN = torch.arange(stack.num_tokens, device=self.model.device).expand(len(everything_BN), -1)
+            return ReducedFeatures(project(self.adapter, stack.features_BND, stack.stage), everything_BN, places_BN)
         method = METHODS.get(reduction.method)(**dict(reduction.params))
         if stack.inside is not None:
             features_BTD = project(self.adapter, stack.features_BND, stack.stage)
@@ -297,25 +320,51 @@ class LoadedModel:
             if (row is None) != (sample.image_key is None):
                 raise ValueError("vision features are needed for exactly the samples that have an image")
         reduced = self.reduce(vision, schedules, prepared)
-        image_ids = set(self.adapter.image_token_ids)
-        prompts = [
-            shortened(s.input_ids, image_ids, sc.decoder_visual) for s, sc in zip(prepared, schedules, strict=True)
-        ]
-        longest = max(map(len, prompts))
+        image_ids, in_place = set(self.adapter.image_token_ids), self.adapter.has_grid_positions
+        sources, features, levels = [], [], []
+        for sample, row, own in zip(prepared, vision, reduced, strict=True):
+            if own is None:
+                sources.append(list(range(len(sample.input_ids))))
+                continue
+            images = left_of_images(row, own, sample.num_visual)
+            arrangement = arranged(sample.input_ids, image_ids, images, in_place)
+            order = slice(None) if arrangement.order is None else arrangement.order
+            sources.append(arrangement.sources)
+            features.append(own.features_BTD[0][order])
+            levels.append(tuple(level[0][order] for level in own.levels))
+        longest = max(map(len, sources))
         pad = self._pad_id()
+        prompts = [[sample.input_ids[i] for i in each] for sample, each in zip(prepared, sources, strict=True)]
         ids = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        mask_BP = torch.tensor(mask, device=self.model.device)
         return Prompt(
             torch.tensor(ids, device=self.model.device),
-            torch.tensor(mask, device=self.model.device),
-            tuple(row.features_BTD[0] for row in reduced if row is not None),
+            mask_BP,
+            tuple(features),
             tuple(schedules),
             tuple(None if row is None or row.kept_BN is None else row.kept_BN[0] for row in reduced),
+            tuple(levels),
+            self._grid_positions(prepared, sources, mask_BP) if in_place else None,
         )
 
+    def _grid_positions(
+        self, prepared: Sequence[PreparedSample], sources: Sequence[Sequence[int]], mask_BP: Tensor
+    ) -> Tensor:
+        """M-RoPE's position ids [4, B, P]: each token keeps the one that it has in the full prompt."""
+        axes = []
+        for sample, kept in zip(prepared, sources, strict=True):
+            images = [sample.pixel_inputs] if sample.image_key is not None else []
+            positions_AP = self.adapter.position_ids(sample.input_ids, images)[:, kept]
+            axes.append(torch.nn.functional.pad(positions_AP, (mask_BP.shape[1] - len(kept), 0)))
+        positions_ABP = torch.stack(axes, dim=1).to(mask_BP.device)
+        return torch.cat([running_numbers(mask_BP)[None], positions_ABP])
+
     def _image_arguments(self, prompt: Prompt) -> dict[str, Any]:
-        """A new output object each call: transformers may change it in place."""
-        return {"mm_encoder_outputs": self.adapter.image_outputs(prompt.features)} if prompt.features else {}
+        """What stands for the images in a forward. A new object each call: transformers may change it in place."""
+        if not prompt.features:
+            return {}
+        return {"mm_encoder_outputs": self.adapter.image_outputs(prompt.features, prompt.levels)}
 
     def _pad_id(self) -> int:
         for owner in (self.model.generation_config, self.processor.tokenizer):
@@ -361,6 +410,7 @@ class LoadedModel:
     def _generate(self, prompt: Prompt, max_new_tokens: int) -> list[Generation]:
         from transformers import GenerationConfig
 
+        first = FirstToken()
         # Every field that a checkpoint's own generation_config may set is set here: greedy means the same for all.
         greedy = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
@@ -371,18 +421,20 @@ class LoadedModel:
                 input_ids=prompt.input_ids_BP,
                 attention_mask=prompt.attention_mask_BP,
                 generation_config=greedy,
+                logits_processor=[first],
+                **({} if prompt.grid_positions is None else {"position_ids": prompt.grid_positions}),
                 **self._image_arguments(prompt),
             )
         reduces = any(op.reduce for op in prompt.schedules[0].layers)
         kept = kept_over_image(prompt, self.adapter.decoder.last_kept if reduces else None)
         new_ids = sequences[:, prompt.input_ids_BP.shape[1] :].tolist()
-        return [self._answer(ids, row_kept) for ids, row_kept in zip(new_ids, kept, strict=True)]
+        return [self._answer(*each) for each in zip(new_ids, kept, first.confidence, strict=True)]
 
-    def _answer(self, token_ids: list[int], kept: list[bool] | None) -> Generation:
+    def _answer(self, token_ids: list[int], kept: list[bool] | None, confidence: float) -> Generation:
         stop = self._stop_ids()
         end = next((index for index, token in enumerate(token_ids) if token in stop), len(token_ids))
         text = self.processor.tokenizer.decode(token_ids[:end], skip_special_tokens=True).strip()
-        return Generation(text, tuple(token_ids[:end]), kept)
+        return Generation(text, tuple(token_ids[:end]), kept, confidence)
 
     def check(self, schedules: Sequence[Schedule]) -> None:
         """Refuse schedules that this model cannot run.
@@ -418,16 +470,23 @@ class LoadedModel:
         vision: Sequence[VisionFeatures | None],
         schedules: Sequence[Schedule],
         num_new_tokens: int | None = None,
+        request: Request | None = None,
     ) -> list[GroupState]:
         """From vision features to the first token: reduce, project, run the prompts.
 
         Args:
+            request: what a VISOR model is to choose for each sample; `schedules` then only say what happens before the
+                decoder.
             num_new_tokens: how many tokens will be asked for. The cache grows as it needs to; this is for backends
                 that must reserve it.
         """
         states = []
         for members, prompt in self._prompts(prepared, vision, schedules):
-            with decoder.running(self.model, prompt.schedules):
+            running = decoder.running(self.model, prompt.schedules)
+            if request is not None:
+                selection = self._select(request, [prepared[i] for i in members])
+                running = decoder.running(self.model, selection.schedules, choose=selection.choose)
+            with running:
                 output = self.model(
                     input_ids=prompt.input_ids_BP,
                     attention_mask=prompt.attention_mask_BP,
@@ -438,11 +497,56 @@ class LoadedModel:
                 )
             next_ids_B1 = output.logits[:, -1:].argmax(-1)
             mask_BP = torch.nn.functional.pad(prompt.attention_mask_BP, (0, 1), value=1)
-            next_positions_B1 = prompt.positions_BP[:, -1:] + 1
+            next_positions_B1 = prompt.positions_BP[..., -1:] + 1
             states.append(
                 GroupState(members, prompt.schedules, next_ids_B1, mask_BP, next_positions_B1, output.past_key_values)
             )
         return states
+
+    @torch.inference_mode()
+    def route(
+        self,
+        prepared: Sequence[PreparedSample],
+        vision: Sequence[VisionFeatures | None],
+        schedules: Sequence[Schedule],
+    ) -> list[list[float]]:
+        """What the router of a VISOR model says of each sample: a logit a configuration. Runs no further than it reads.
+
+        Args:
+            schedules: any configuration's: they say what happens before the decoder.
+
+        Raises:
+            ValueError: the model has no router.
+        """
+        from visor.selection import Request
+
+        rows: list[list[float]] = [[]] * len(prepared)
+        for members, prompt in self._prompts(prepared, vision, schedules):
+            selection = self._select(Request(policy="router"), [prepared[i] for i in members])
+            if selection.choose is None:  # there is nothing to choose
+                for index in members:
+                    rows[index] = [0.0] * len(self.model.config.configurations)
+                continue
+            with decoder.running(self.model, selection.schedules, choose=selection.choose, stop=True):
+                self.model(
+                    input_ids=prompt.input_ids_BP,
+                    attention_mask=prompt.attention_mask_BP,
+                    position_ids=prompt.positions_BP,
+                    use_cache=False,
+                    logits_to_keep=1,
+                    **self._image_arguments(prompt),
+                )
+            for index, logits in zip(members, selection.router.logits.float().tolist(), strict=True):
+                rows[index] = logits
+        return rows
+
+    def _select(self, request: Request, prepared: Sequence[PreparedSample]) -> Selection:
+        from visor.selection import select
+
+        if self.geometry.visor is None:
+            raise ValueError(f"{self.name} has no configurations to choose from; a VISOR model has")
+        lengths = [sample.num_visual for sample in prepared], [sample.num_text for sample in prepared]
+        return select(self.model.config, self.geometry, getattr(self.model, "router", None), request, *lengths)
 
     @torch.inference_mode()
     def decode(self, states: Sequence[GroupState], num_tokens: int) -> Tensor:
@@ -467,6 +571,23 @@ class LoadedModel:
                     state.next_positions_B1 = state.next_positions_B1 + 1
                     ids[state.members, step] = state.next_ids_B1[:, 0]
         return ids
+
+
+class FirstToken:
+    """A logits processor that changes nothing and remembers how likely the first token was."""
+
+    def __init__(self) -> None:
+        self._probability_B: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores_BW: Tensor) -> Tensor:
+        if self._probability_B is None:
+            self._probability_B = scores_BW.float().softmax(-1).amax(-1)
+        return scores_BW
+
+    @property
+    def confidence(self) -> list[float]:
+        """By sample."""
+        return self._probability_B.tolist()
 
 
 def _check_row(row: VisionFeatures, schedule: Schedule) -> None:

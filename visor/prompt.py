@@ -23,11 +23,12 @@ class PreparedSample:
     """One question, ready for the model.
 
     Args:
-        input_ids: the prompt, with one block of `num_visual` image tokens.
+        input_ids: the prompt, with `num_visual` image tokens in it.
         num_text: all other tokens.
-        num_visual: visual tokens of the image at full size (N); 0 without an image.
-        pixel_inputs: what the processor made of the image, on the CPU.
+        num_visual: visual tokens of the images at full size (N); 0 without an image.
+        pixel_inputs: what the processor made of the images, on the CPU.
         image_key: hash of the pixels; equal ones share vision features. None without an image.
+        num_images: images in the prompt, if there is any.
     """
 
     input_ids: tuple[int, ...]
@@ -35,16 +36,18 @@ class PreparedSample:
     num_visual: int
     pixel_inputs: Mapping[str, Tensor] = field(repr=False)
     image_key: str | None
+    num_images: int = 1
 
 
 @dataclass(frozen=True)
 class Generation:
     """An answer. `kept` tells of each of the N visual tokens whether it stood for itself in the last layer; None if
-    tokens were averaged, or there was no image."""
+    tokens were averaged, or there was no image. `confidence` is the probability of the first token."""
 
     text: str
     token_ids: tuple[int, ...]
     kept: list[bool] | None
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ class Prompt:
     """A left-padded batch with its visual features in place, all of one schedule structure.
 
     Args:
-        features: one [T, D] tensor for each sample that has an image.
+        features: one [T, D] tensor for each sample that has images.
         kept: for each sample which of the N tokens the encoder side kept, [N]; None if averaged or without an image.
+        levels: for each of the features its DeepStack levels, [T, D] each; empty without DeepStack.
+        grid_positions: M-RoPE's position ids [4, B, P], the running numbers first; None where transformers' own
+            numbering holds.
     """
 
     input_ids_BP: Tensor
@@ -61,11 +67,20 @@ class Prompt:
     features: tuple[Tensor, ...]
     schedules: tuple[Schedule, ...]
     kept: tuple[Tensor | None, ...]
+    levels: tuple[tuple[Tensor, ...], ...] = ()
+    grid_positions: Tensor | None = None
 
     @property
     def positions_BP(self) -> Tensor:
-        """Position ids: real tokens count from 0."""
-        return (self.attention_mask_BP.cumsum(1) - 1).clamp(min=0)
+        """Position ids: real tokens count from 0. Under M-RoPE [4, B, P]."""
+        if self.grid_positions is not None:
+            return self.grid_positions
+        return running_numbers(self.attention_mask_BP)
+
+
+def running_numbers(attention_mask_BP: Tensor) -> Tensor:
+    """Real tokens of each row counted from 0."""
+    return (attention_mask_BP.cumsum(1) - 1).clamp(min=0)
 
 
 def kept_over_image(prompt: Prompt, alive: Sequence[Tensor] | None) -> list[list[bool] | None]:
@@ -102,9 +117,65 @@ def pixel_hash(pixel_inputs: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def shortened(input_ids: Sequence[int], image_ids: set[int], num_visual: int) -> list[int]:
-    """The prompt with its block of image tokens cut to `num_visual`."""
-    first = next((index for index, token in enumerate(input_ids) if token in image_ids), len(input_ids))
-    block = sum(token in image_ids for token in input_ids)
-    assert num_visual <= block
-    return [*input_ids[: first + num_visual], *input_ids[first + block :]]
+@dataclass(frozen=True)
+class Arrangement:
+    """A prompt with fewer image tokens.
+
+    Args:
+        sources: for each token of it the token of the full prompt that it stands for.
+        order: in which order the features stand in it; None if in theirs.
+    """
+
+    sources: list[int]
+    order: list[int] | None = None
+
+
+def arranged(
+    input_ids: Sequence[int],
+    image_ids: set[int],
+    images: Sequence[tuple[int, int, Sequence[int] | None]],
+    in_place: bool = False,
+) -> Arrangement:
+    """The prompt for images of which fewer tokens are left.
+
+    Where an image has one block of image tokens, what is left of it fills the front of the block. Where its tiles have
+    blocks of their own with text between them, every token stays in the block of the token in whose place it stands.
+
+    Args:
+        images: in the order of the prompt, for each: visual tokens before reduction, after it, and for each that is
+            left in whose place among those of its image it stands, or None if that is not known.
+        in_place: each token must stand for the one in whose place it is, also in a single block (M-RoPE).
+
+    Raises:
+        ValueError: places are needed and not known, or the images do not fit the prompt.
+    """
+    slots = [index for index, token in enumerate(input_ids) if token in image_ids]
+    if len(slots) != sum(before for before, _, _ in images):
+        raise ValueError(
+            f"the prompt holds {len(slots)} image tokens, its images have {sum(before for before, _, _ in images)}"
+        )
+    sources, order, copied, start = [], [], 0, 0
+    for before, left, places in images:
+        own = slots[start : start + before]
+        one_block = own[-1] - own[0] + 1 == before
+        if places is None and left == before:
+            places = range(before)
+        if places is None and (in_place or not one_block):
+            reason = "position ids are places in the image" if one_block else "the image has several blocks of tokens"
+            raise ValueError(
+                f"this method does not say in whose place its tokens stand, but in this prompt {reason}; use a method "
+                "that selects tokens"
+            )
+        sources += range(copied, own[0])
+        first_feature = len(order)
+        if one_block:
+            sources += own[:left] if not in_place else [own[place] for place in places]
+            order += range(first_feature, first_feature + left)
+        else:
+            by_place = sorted(range(left), key=lambda i: places[i])
+            chosen = {own[places[i]] for i in by_place}
+            sources += [i for i in range(own[0], own[-1] + 1) if i not in set(own) or i in chosen]
+            order += [first_feature + i for i in by_place]
+        copied, start = own[-1] + 1, start + before
+    sources += range(copied, len(input_ids))
+    return Arrangement(sources, None if order == list(range(len(order))) else order)

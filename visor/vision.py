@@ -54,6 +54,7 @@ class VisionFeatures:
         inside: the reduction that happened inside the tower: the N features are what it left. None if none did.
         inside_kept_BM: of the M patches that the tower began with, which stand for themselves; None if none went.
         text: by sample the embeddings [num_text, d] of the prompt's text, for the methods that read it.
+        levels: what DeepStack adds behind the first decoder layers, [B, N, d] each (`visor.deepstack`).
     """
 
     features_BND: Tensor
@@ -66,6 +67,7 @@ class VisionFeatures:
     inside: Reduction | None = None
     inside_kept_BM: Tensor | None = None
     text: tuple[Tensor, ...] = ()
+    levels: tuple[Tensor, ...] = ()
 
     def tap(self, name: str) -> Tensor:
         """The tap `name`.
@@ -89,7 +91,7 @@ class VisionFeatures:
     def num_bytes(self) -> int:
         """Memory that the tensors take, for a cache with a bound."""
         optional = [each for each in (self.cls_B1D, self.inside_kept_BM) if each is not None]
-        tensors = [self.features_BND, *self.taps.values(), *optional]
+        tensors = [self.features_BND, *self.taps.values(), *optional, *self.levels]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: torch.device | str) -> VisionFeatures:
@@ -101,6 +103,7 @@ class VisionFeatures:
             cls_B1D=None if self.cls_B1D is None else self.cls_B1D.to(device),
             inside_kept_BM=None if self.inside_kept_BM is None else self.inside_kept_BM.to(device),
             text=tuple(each.to(device) for each in self.text),
+            levels=tuple(level.to(device) for level in self.levels),
         )
 
     @staticmethod
@@ -118,16 +121,50 @@ class VisionFeatures:
             cls_B1D=None if first.cls_B1D is None else torch.cat([row.cls_B1D for row in rows]),
             inside_kept_BM=None if first.inside is None else torch.cat([row.inside_kept_BM for row in rows]),
             text=tuple(text for row in rows for text in row.text),
+            levels=tuple(torch.cat(levels) for levels in zip(*(row.levels for row in rows), strict=True)),
         )
 
 
 @dataclass(frozen=True)
 class ReducedFeatures:
-    """What an encoder-side method leaves: `features_BTD`, and which of the N tokens stand for themselves (None if
-    every token lives on in a mean)."""
+    """What an encoder-side method leaves.
+
+    Args:
+        features_BTD: the tokens that are left.
+        kept_BN: which of the N tokens stand for themselves; None if every token lives on in a mean.
+        places_BT: for each token that is left the one of the N in whose place it stands, all different; None if that
+            is not known. It gives a token its position ids where these are places in the image (M-RoPE), its DeepStack
+            levels, and its block of the prompt where an image has several.
+        levels: the DeepStack levels of the tokens that are left, [B, T, d] each; set by whoever ran the method.
+    """
 
     features_BTD: Tensor
     kept_BN: Tensor | None
+    places_BT: Tensor | None = None
+    levels: tuple[Tensor, ...] = ()
+
+    def with_levels(self, vision: VisionFeatures) -> ReducedFeatures:
+        """With the levels of the features that were reduced.
+
+        Raises:
+            ValueError: it is not known where the tokens stand.
+        """
+        if not vision.levels:
+            return self
+        if self.places_BT is None:
+            raise ValueError(
+                "this method does not say in whose place its tokens stand, so their DeepStack levels are not known; "
+                "use a method that selects tokens"
+            )
+        index_BT1 = self.places_BT[..., None]
+        levels = tuple(level.gather(1, index_BT1.expand(-1, -1, level.shape[-1])) for level in vision.levels)
+        return replace(self, levels=levels)
+
+    def row(self, index: int) -> ReducedFeatures:
+        """One sample of the batch, B = 1."""
+        of = lambda x: None if x is None else x[index : index + 1]
+        levels = tuple(of(level) for level in self.levels)
+        return ReducedFeatures(of(self.features_BTD), of(self.kept_BN), of(self.places_BT), levels)
 
 
 def tower_blocks(tower: nn.Module) -> nn.ModuleList:
@@ -278,6 +315,9 @@ def encode_images(
         raise ValueError(f"{type(adapter).__name__}: an image of several tiles cannot be down-sampled inside them")
     first_with = {key: index for index, key in reversed(list(enumerate(keys)))}
     distinct = sorted(first_with.values())
+    if adapter.merges_patches:
+        rows = {keys[i]: encode_merged(adapter, pixel_inputs[i], keys[i], taps, image_scale, inside) for i in distinct}
+        return [rows[key] for key in keys]
     tiles = [adapter.tiles(pixel_inputs[index]) for index in distinct]
     if inside is not None:
         reduced = encode_inside(adapter, tiles, [keys[index] for index in distinct], inside)
@@ -316,6 +356,36 @@ def encode_images(
             image_scale=image_scale,
         )
     return [by_key[key] for key in keys]
+
+
+def encode_merged(
+    adapter: FamilyAdapter,
+    pixel_inputs: Mapping[str, Tensor],
+    key: str,
+    taps: Collection[str],
+    image_scale: float,
+    inside: Reduction | None,
+) -> VisionFeatures:
+    """One image of a family whose projector merges patches (`visor.families.merging`).
+
+    Raises:
+        ValueError: the image shall be scaled, or tokens shall go inside the tower: its patches are no visual tokens.
+    """
+    if image_scale != 1.0 or inside is not None:
+        what = f"a smaller image ({image_scale=})" if inside is None else METHODS.get(inside.method).title
+        raise ValueError(
+            f"{type(adapter).__name__} merges patches into visual tokens behind a tower of its own making: {what} is "
+            "not supported there; use a method that acts on projected features"
+        )
+    image = adapter.encode_image(pixel_inputs, taps)
+    return VisionFeatures(
+        image.features_ND[None],
+        stage="projected",
+        taps={name: value[None] for name, value in image.taps.items()},
+        grid=image.grid,
+        sample_keys=(key,),
+        levels=tuple(level[None] for level in image.levels),
+    )
 
 
 def packed_tap(adapter: FamilyAdapter, tap_TNx: Tensor, pixel_inputs: Mapping[str, Tensor]) -> Tensor:

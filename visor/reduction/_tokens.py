@@ -28,7 +28,8 @@ def kept_mask(index_BK: Tensor, num_visual: int) -> Tensor:
 def chosen(vision: VisionFeatures, index_BK: Tensor) -> ReducedFeatures:
     """The chosen tokens in their order in the image."""
     index_BK = index_BK.sort(dim=1).values
-    return ReducedFeatures(take(vision.features_BND, index_BK), kept_mask(index_BK, vision.num_tokens))
+    kept_BN = kept_mask(index_BK, vision.num_tokens)
+    return ReducedFeatures(take(vision.features_BND, index_BK), kept_BN, index_BK)
 
 
 def cosines(features_BNE: Tensor) -> Tensor:

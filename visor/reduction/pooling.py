@@ -75,14 +75,20 @@ class Pooling(Method):
             raise ValueError(f"{self.title}: cannot average a token grid of {vision.grid} to {keep} tokens in a square")
         grid_BERC = vision.features_BND.transpose(1, 2).reshape(batch, width, *vision.grid)
         pooled_BERC = torch.nn.functional.adaptive_avg_pool2d(grid_BERC, side)
-        return ReducedFeatures(pooled_BERC.flatten(2).transpose(1, 2), None)
+        # A mean stands in the middle of its window.
+        rows_R, columns_C = (
+            torch.tensor([(2 * i + 1) * length // (2 * side) for i in range(side)], device=grid_BERC.device)
+            for length in vision.grid
+        )
+        places_T = (rows_R[:, None] * vision.grid[1] + columns_C).flatten()
+        return ReducedFeatures(pooled_BERC.flatten(2).transpose(1, 2), None, places_T.expand(batch, -1))
 
 
 @METHODS.register("m3")
 @dataclass(frozen=True)
 class M3(Pooling):
-    """Option: `side`, the side of the grid that is left of a tile. Runs on models trained over such sides: their config
-    names them in `m3_sides`."""
+    """Option: as of average pooling. Runs on models trained over several sides: their config names them in
+    `m3_sides`."""
 
     name: ClassVar[str] = "m3"
     title: ClassVar[str] = "M3"

@@ -103,7 +103,10 @@ class PruMerge(Method):
         rest_B1N = (weight_BN * ~kept_BN)[:, None]
         sums_BTE = torch.cat([is_near_BKN * weight_BN[:, None], rest_B1N], dim=1) @ features_BNE
         own_BTE = torch.nn.functional.pad(take(features_BNE, kept_BK), (0, 0, 0, 1))
-        return ReducedFeatures((own_BTE + sums_BTE).to(vision.features_BND.dtype), kept_BN)
+        # The token of all the others stands at the best-scored of them.
+        other_B1 = scores_BN.masked_fill(kept_BN, -torch.inf).argmax(1, keepdim=True)
+        places_BT = torch.cat([kept_BK, other_B1], dim=1)
+        return ReducedFeatures((own_BTE + sums_BTE).to(vision.features_BND.dtype), kept_BN, places_BT)
 
 
 @METHODS.register("prumerge+")

@@ -62,4 +62,4 @@ class Random(Method):
         subsets = [random_subset(self.seed, key, num_visual, min(keep, num_visual)) for key in vision.sample_keys]
         index_BT = torch.tensor(subsets, device=features_BND.device)
         kept_BN = features_BND.new_zeros((batch, num_visual), dtype=torch.bool).scatter(1, index_BT, True)
-        return ReducedFeatures(features_BND.gather(1, index_BT[..., None].expand(-1, -1, width)), kept_BN)
+        return ReducedFeatures(features_BND.gather(1, index_BT[..., None].expand(-1, -1, width)), kept_BN, index_BT)

@@ -100,7 +100,7 @@ class VisionZip(Method):
             parts.append(merged_BCE)
             kept = torch.cat([dominant_BD, leftover_BR[:, target_C]], dim=1)
         kept_BN = features_BNE.new_zeros((batch, num_visual), dtype=torch.bool).scatter(1, kept, True)
-        return ReducedFeatures(torch.cat(parts, dim=1), kept_BN)
+        return ReducedFeatures(torch.cat(parts, dim=1), kept_BN, kept if cls is None else None)
 
 
 def take(values_BNE: torch.Tensor, index_BK: torch.Tensor) -> torch.Tensor:
