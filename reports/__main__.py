@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     num_bytes = path.stat().st_size
     print(f"{path}: {num_bytes / 1e6:.2f} MB")
-    files = {name: str(path.parent / name) for name in ("results.json", "cells.csv", "samples.parquet", "figures")}
+    names = ("results.json", "cells.csv", "samples.parquet", "figures", "timings.csv")
+    files = {name: str(path.parent / name) for name in names if (path.parent / name).exists()}
     print(json.dumps({"report": str(path), "bytes": num_bytes, **files}))
     return 0
 

@@ -18,8 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.markers import MarkerStyle
 
-from evaluations.records import NUM_EXPLORER_SAMPLES, write_bytes_atomically
-from reports import explorer, latex, results, tables
+from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, write_bytes_atomically
+from reports import explorer, latex, results, speed, tables
 from reports.comparisons import ALPHA, MARGIN, Analysis, analyse
 from reports.data import Run, load
 from reports.figures_compute import all_figures
@@ -53,6 +53,8 @@ def build(folder: str | Path) -> Path:
         ValueError: it holds no finished cell.
     """
     folder = Path(folder)
+    if RunFolder.open(folder).read_run().get("kind") == "speed":
+        return speed.build(folder)
     analysis = analyse(load(folder))
     drawings = all_figures(analysis, watermark(analysis.run))
     document = results.results(analysis)

@@ -14,6 +14,7 @@ import numpy as np
 
 from budgets import pareto
 from evaluations import statistics
+from evaluations.noise import spread
 from evaluations.statistics import Comparison, Interval
 from reports.data import Run, Setting
 
@@ -66,6 +67,8 @@ class Costs:
     decode_ms: Interval | None = None
     end_to_end_ms: Interval | None = None
     tower_ms: Interval | None = None
+    scoring_ms: Interval | None = None
+    noise: dict[str, float] = field(default_factory=dict)  # of each timing, relative to its median
     peak_memory_bytes: int | None = None
     not_measured: dict[str, str] = field(default_factory=dict)
 
@@ -258,15 +261,18 @@ def _timed(run: Run, setting: str) -> dict:
         "decode_ms": "decode_ms_per_token",
         "end_to_end_ms": "end_to_end_ms",
         "tower_ms": "tower_ms",
+        "scoring_ms": "scoring_ms",
     }
     reasons = {name: reason for row in rows for name, reason in row.not_measured.items()}
     untimed = run.run.get("not_timed", {}).get(setting)
     untimed = untimed and f"timing failed: {untimed}"
-    timed: dict = {"not_measured": reasons}
+    timed: dict = {"not_measured": reasons, "noise": {}}
     for name, column in fields.items():
         values = [getattr(row, column) for row in rows if getattr(row, column) is not None]
         timed[name] = statistics.median_interval(values) if values else None
-        if not values:
+        if values:
+            timed["noise"][name] = spread(values).noise
+        else:
             reasons.setdefault(column, untimed or "no timing run at batch size 1 in this run folder")
     peaks = [row.peak_memory_bytes for row in rows if row.peak_memory_bytes is not None]
     timed["peak_memory_bytes"] = max(peaks) if peaks else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from evaluations.noise import NOISY
 from evaluations.statistics import Interval
 from reports.comparisons import ALPHA, AVERAGE, Analysis, Tested
 from reports.data import Setting
@@ -157,13 +158,15 @@ def accuracy_table(analysis: Analysis) -> Table:
     return _grouped(analysis, columns, cells)
 
 
-def _median(interval: Interval | None, reason: str) -> TableCell:
+def _median(interval: Interval | None, reason: str, noise: float = 0.0) -> TableCell:
     if interval is None:
         return TableCell("not measured", tone="missing", note=reason)
     sub = f"{significant(interval.low)} \u2013 {significant(interval.high)}"
-    return TableCell(
-        significant(interval.estimate), sub, interval.estimate, note=f"n = {interval.num_samples} timing runs"
-    )
+    note = f"n = {interval.num_samples} timing runs, noise {100 * noise:.2g} %"
+    if noise > NOISY:
+        sub += f", noisy: \u00b1{100 * noise:.0f}\u00a0%"
+        note += ": other work disturbed this machine; measure again when it is quiet"
+    return TableCell(significant(interval.estimate), sub, interval.estimate, note=note)
 
 
 def cost_table(analysis: Analysis) -> Table:
@@ -176,6 +179,7 @@ def cost_table(analysis: Analysis) -> Table:
         Column("Visual tokens", "mean over layers"),
         Column("KV cache", "a sample"),
         Column("Vision tower", f"median ms{n}"),
+        Column("Choosing tokens", f"median ms{n}"),
         Column("Prefill", f"median ms{n}"),
         Column("Decode", f"median ms a token{n}"),
         Column("End to end", f"median ms{n}"),
@@ -197,10 +201,11 @@ def cost_table(analysis: Analysis) -> Table:
             TableCell(size(costs.kv_bytes, largest("kv_bytes")), "", costs.kv_bytes)
             if costs.kv_bytes is not None
             else absent,
-            _median(costs.tower_ms, reason("tower_ms")),
-            _median(costs.prefill_ms, reason("prefill_ms")),
-            _median(costs.decode_ms, reason("decode_ms_per_token")),
-            _median(costs.end_to_end_ms, reason("end_to_end_ms")),
+            _median(costs.tower_ms, reason("tower_ms"), costs.noise.get("tower_ms", 0.0)),
+            _median(costs.scoring_ms, reason("scoring_ms")),
+            _median(costs.prefill_ms, reason("prefill_ms"), costs.noise.get("prefill_ms", 0.0)),
+            _median(costs.decode_ms, reason("decode_ms_per_token"), costs.noise.get("decode_ms", 0.0)),
+            _median(costs.end_to_end_ms, reason("end_to_end_ms"), costs.noise.get("end_to_end_ms", 0.0)),
             TableCell(size(costs.peak_memory_bytes, largest("peak_memory_bytes")), "", float(costs.peak_memory_bytes))
             if costs.peak_memory_bytes is not None
             else TableCell("not measured", tone="missing", note=reason("peak_memory_bytes")),
