@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from budgets.policies import POLICIES
 from budgets.registry import METHODS, TASKS, UnknownNameError, nearest_first
 from evaluations.suite import Suite, SuiteTask
 from visor.checkpoint import embedded_names
@@ -14,13 +15,17 @@ from visor.checkpoint import embedded_names
 DEVICES = ("cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+COST_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+THRESHOLDS = (0.5, 0.7, 0.9, 0.97)
+DEFAULT_POLICIES = ("fixed", "router", "random", "oracle")
 
 
 def check_name(kind: str, name: str, known: list[str] | tuple[str, ...]) -> None:
     """Refuse a name that does not exist, with those that do, nearest first."""
     if name not in known:
         listing = ", ".join(nearest_first(name, list(known))) or "none"
-        raise UnknownNameError(f"unknown {kind} {name!r}; the {kind}s that exist, nearest first: {listing}")
+        several = {"policy": "policies", "analysis": "analyses"}.get(kind, f"{kind}s")
+        raise UnknownNameError(f"unknown {kind} {name!r}; the {several} that exist, nearest first: {listing}")
 
 
 def check_model(name: str) -> None:
@@ -48,7 +53,12 @@ class RunConfig:
         model: shipped checkpoint, folder or Hub name.
         batch_size: samples that share a batch in the accuracy pass.
         limit: samples of each task, overriding the suite; None for the suite's own limits.
-        seed: given to methods that draw at random.
+        seed: given to methods that draw at random, and to the random policy.
+        policies: of methods that have several configurations (VISOR); "fixed", which sweeps them, always runs.
+        policies_asked: as the two above.
+        cost_weights: lambdas of the cost-aware router.
+        thresholds: of the cascade: it goes on while the first answer token is less likely.
+        checkpoints: (method, model) pairs: what a trained method runs on, instead of the shipped one.
     """
 
     suite: Suite
@@ -66,12 +76,18 @@ class RunConfig:
     limit: int | None = None
     seed: int = 0
     timing: bool = True
+    policies: tuple[str, ...] = DEFAULT_POLICIES
+    policies_asked: bool = False
+    cost_weights: tuple[float, ...] = COST_WEIGHTS
+    thresholds: tuple[float, ...] = THRESHOLDS
+    checkpoints: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise ValueError(f"a budget is a share of the dense decoder's prefill FLOPs in (0, 1], got {budget:g}")
-        for kind, names in [("task", [task.name for task in self.tasks]), ("method", self.methods)]:
+        kinds = [("task", [task.name for task in self.tasks]), ("method", self.methods), ("policy", self.policies)]
+        for kind, names in kinds:
             if not names:
                 raise ValueError(f"there is nothing to run: no {kind} is named")
             for name in names:
@@ -92,6 +108,20 @@ class RunConfig:
             raise ValueError(f"--out {self.out} is a file; it must be a folder, new or of an earlier run")
         for method in self.methods:
             METHODS.get(method)
+        for policy in self.policies:
+            check_name("policy", policy, POLICIES)
+        for weight in self.cost_weights:
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"a cost weight (lambda) is a number >= 0, got {weight:g}")
+        for threshold in self.thresholds:
+            if not 0 <= threshold <= 1:
+                raise ValueError(f"a threshold is a probability in 0..1, got {threshold:g}")
+        for method, model in self.checkpoints:
+            check_name("method", method, METHODS.names())
+            uses = lambda name, method=method: method in name or METHODS.get(name).changes_modes and method == "visor"
+            if not any(uses(name) for name in self.methods):
+                raise ValueError(f"a checkpoint is given for {method!r}, but the methods are {', '.join(self.methods)}")
+            check_model(model)
         for task in self.tasks:
             TASKS.get(task.name)
         check_model(self.model)
@@ -104,6 +134,10 @@ class RunConfig:
         tasks: list[str] | None = None,
         methods: list[str] | None = None,
         budgets: list[float] | None = None,
+        policies: list[str] | None = None,
+        cost_weights: list[float] | None = None,
+        thresholds: list[float] | None = None,
+        checkpoints: list[tuple[str, str]] | None = None,
         limit: int | None = None,
         out: Path | None = None,
         **rest: Any,
@@ -120,6 +154,11 @@ class RunConfig:
             budgets=tuple(sorted(set(suite.budgets if budgets is None else budgets), reverse=True)),
             methods_asked=methods is not None,
             budgets_asked=budgets is not None,
+            policies=tuple(DEFAULT_POLICIES if policies is None else policies),
+            policies_asked=policies is not None,
+            cost_weights=tuple(sorted(set(COST_WEIGHTS if cost_weights is None else cost_weights))),
+            thresholds=tuple(sorted(set(THRESHOLDS if thresholds is None else thresholds))),
+            checkpoints=tuple(checkpoints or ()),
             limit=limit,
             out=Path("runs") / suite.name if out is None else out,
             **rest,

@@ -15,11 +15,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluations.cells import Lengths, Plan, Planner, Setting, check_sample
+from evaluations.models import Models
 from evaluations.progress import Progress
 from evaluations.records import RunFolder, TimingRecord
 from evaluations.suite import TimingPlan
@@ -135,7 +136,11 @@ def run_once(
 
     The image is already pixels: reading and resizing files is not timed.
     """
-    schedules = [planner.fitted(setting, Lengths(p.num_visual, p.num_text))[1] for p in prepared]
+    # A router chooses inside the prefill, and what it takes counts there. All configurations begin alike.
+    routed = setting.policy == "router"
+    known = replace(setting, policy="fixed", value=0) if routed else setting
+    schedules = [planner.fitted(known, Lengths(p.num_visual, p.num_text))[1] for p in prepared]
+    request = {"request": routing_request(setting.value)} if routed else {}
 
     def encode() -> list[Any]:
         features: list[Any] = [None] * len(prepared)
@@ -150,7 +155,7 @@ def run_once(
 
     def prefill(vision: list[Any]) -> list[Any]:
         adapted = loaded.resolve(vision, schedules) if setting.method.adaptive else schedules
-        return loaded.prefill(prepared, vision, adapted, new_tokens)
+        return loaded.prefill(prepared, vision, adapted, new_tokens, **request)
 
     # On a CPU the watch waits for nothing, so the pass that is timed can be watched. Elsewhere it would make the pass
     # slower, and a second one, which is not timed otherwise, is watched.
@@ -167,6 +172,18 @@ def run_once(
     total = Clock(sum(clock.wall_ms for clock in clocks), sum(clock.cpu_ms for clock in clocks))
     kv_bytes = None if None in held else sum(held)
     return Run(*clocks, total, Clock(watch.wall_ms, watch.cpu_ms), kv_bytes)
+
+
+def routing_request(cost_weight: float | None) -> Any:
+    """What a VISOR model is asked for when its router is to choose."""
+    from visor.selection import Request
+
+    return Request(policy="router", cost_weight=cost_weight)
+
+
+def is_timed(setting: Setting) -> bool:
+    """False for policies that are composed of other settings' answers, and so have no run of their own to time."""
+    return setting.policy in (None, "fixed", "router")
 
 
 class ResidentMemory:
@@ -290,12 +307,15 @@ class TimingPass:
     """Measures the settings of a plan that lack runs, and appends every run to timings.jsonl.
 
     Args:
-        loaded: the model. Its `prefill` and `decode` are timed apart.
+        loaded: the model, or the checkpoints of a run. `prefill` and `decode` are timed apart.
     """
 
     def __init__(self, loaded: Any, plan: Plan, planner: Planner, folder: RunFolder, timing: TimingPlan) -> None:
-        self.loaded, self.plan, self.planner, self.folder, self.timing = loaded, plan, planner, folder, timing
-        self.synchronise = synchroniser(str(loaded.device))
+        self.models = loaded if isinstance(loaded, Models) else Models(loaded)
+        self.loaded, self.plan, self.planner, self.folder, self.timing = self.models.base, plan, planner, folder, timing
+        self.settings = [setting for setting in plan.settings if is_timed(setting)]
+        self._prepared: dict[str, list[Any]] = {}
+        self.synchronise = synchroniser(str(self.loaded.device))
         self.samples = timing_samples(plan, timing)
         # With fewer images than the throughput batch wants, the batch is what there is, and the rows say so.
         self.batch_sizes = sorted({1, min(timing.throughput_batch, len(self.samples))}) if self.samples else []
@@ -307,7 +327,7 @@ class TimingPass:
             runs[row.batch_size, row.setting_id].append(row.end_to_end_ms)
         enough = lambda rows: self._enough(len(rows), sum(rows) / 1e3)
         return {
-            size: [setting for setting in self.plan.settings if not enough(runs[size, setting.id])]
+            size: [setting for setting in self.settings if not enough(runs[size, setting.id])]
             for size in self.batch_sizes
         }
 
@@ -326,9 +346,9 @@ class TimingPass:
     def run(self, pending: dict[int, list[Setting]], progress: Progress) -> dict[str, str]:
         """Measure. Returns the settings that could not be, with the reason; the others are not disturbed."""
         if not self.samples:
-            return {setting.id: "no sample can be read" for setting in self.plan.settings}
+            return {setting.id: "no sample can be read" for setting in self.settings}
         self.folder.timings_file.drop_torn_line()
-        prepared = self.prepare()
+        self._prepared = {"": (prepared := self.prepare())}
         failed: dict[str, str] = {}
         for size, settings in pending.items():
             settings = [setting for setting in settings if setting.id not in failed]
@@ -368,11 +388,24 @@ class TimingPass:
         """The first run is the warm-up: it chooses kernels and grows pools, and is measured neither way."""
         self._once(setting, batch)
         return measure_memory(
-            lambda: self._once(setting, batch), str(self.loaded.device), weights_bytes(self.loaded.model)
+            lambda: self._once(setting, batch),
+            str(self.loaded.device),
+            weights_bytes(self.models[setting.model].model),
         )
 
     def _once(self, setting: Setting, batch: list[Any]) -> Run:
-        return run_once(self.loaded, batch, setting, self.planner, self.timing.new_tokens, self.synchronise)
+        loaded, own = self.models[setting.model], self._own(setting, batch)
+        return run_once(loaded, own, setting, self.planner, self.timing.new_tokens, self.synchronise)
+
+    def _own(self, setting: Setting, batch: list[Any]) -> list[Any]:
+        """The samples of a batch as the setting's own checkpoint prepares them."""
+        if not setting.model:
+            return batch
+        if setting.model not in self._prepared:
+            loaded = self.models[setting.model]
+            self._prepared[setting.model] = [loaded.prepare(each.image, each.question) for each in self.samples]
+        places = {id(sample): place for place, sample in enumerate(self._prepared[""])}
+        return [self._prepared[setting.model][places[id(sample)]] for sample in batch]
 
     def _row(
         self, setting: Setting, size: int, number: int, batch: list[Any], run: Run, memory: PeakMemory

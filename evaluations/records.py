@@ -33,9 +33,7 @@ class RecordsError(ValueError):
     """A run folder that cannot be read or written; the message names the file."""
 
 
-def setting_id(
-    method: str, budget: float | None = None, policy: str | None = None, value: float | None = None
-) -> str:
+def setting_id(method: str, budget: float | None = None, policy: str | None = None, value: float | None = None) -> str:
     """`<method>:<policy>`, `<method>:<policy>(<value>)`, `<method>@<budget>` or, without a dial, `<method>`.
 
     Args:

@@ -21,6 +21,7 @@ from evaluations.suite import load_suite, suite_names
 if TYPE_CHECKING:
     from evaluations.cells import Plan, PlannedTask, Planner
     from evaluations.config import RunConfig
+    from evaluations.models import Models
     from evaluations.records import RunFolder
     from evaluations.sweep import SweepResult
 
@@ -37,12 +38,20 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def numbers(text: str) -> list[float]:
+def numbers(text: str, what: str = "budgets") -> list[float]:
     """ "0.5,0.25" to [0.5, 0.25]."""
     try:
         return [float(part) for part in names(text)]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"budgets are numbers like 0.5,0.25, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"{what} are numbers like 0.5,0.25, got {text!r}") from None
+
+
+def method_and_model(text: str) -> tuple[str, str]:
+    """ "visor=FOLDER" to ("visor", "FOLDER")."""
+    method, equals, model = text.partition("=")
+    if not (method and equals and model):
+        raise argparse.ArgumentTypeError(f"a checkpoint is given as METHOD=MODEL, like visor=my-visor, got {text!r}")
+    return method, model
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,6 +69,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--budgets", type=numbers, metavar="X,Y",
         help="decoder prefill FLOPs relative to dense, in (0, 1] (default: the suite's)")  # fmt: skip
     add("--model", default="dense-tiny", help="shipped model, folder, or owner/name of the Hub (default: %(default)s)")
+    add("--checkpoint", dest="checkpoints", type=method_and_model, action="append", metavar="METHOD=MODEL",
+        help="what a trained method runs on (default: the shipped one; visor-tiny for dense-tiny)")  # fmt: skip
+    add("--visor-model", type=lambda model: ("visor", model), dest="checkpoints", action="append", metavar="MODEL",
+        help="the same as --checkpoint visor=MODEL")  # fmt: skip
+    add("--policies", type=names, metavar="A,B",
+        help="how a method with several configurations chooses: fixed (all of them, always run), per-task, router, "
+        "cascade, random, oracle (default: fixed,router,random,oracle)")  # fmt: skip
+    add("--cost-weights", type=lambda text: numbers(text, "cost weights"), metavar="X,Y",
+        help="lambdas of the cost-aware router: success - lambda * relative cost (default: 0 to 1.6)")  # fmt: skip
+    add("--thresholds", type=lambda text: numbers(text, "thresholds"), metavar="X,Y",
+        help="of the cascade: it goes on while the first token is less likely (default: 0.5,0.7,0.9,0.97)")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: %(default)s)")
     add("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     add("--attention", default="sdpa", help="sdpa, eager or flash_attention_2 (default: %(default)s)")
@@ -126,28 +146,34 @@ def execute(
     Raises:
         ValueError: the request cannot be met; nothing has been run.
     """
-    from evaluations.cells import Planner, make_plan, plan_task
-    from evaluations.records import RunFolder
+    from evaluations.cells import Planner, make_plan
+    from evaluations.models import Models
+    from evaluations.records import RunFolder, setting_id
 
     started = time.monotonic()
-    say(f"loading {config.model} on {config.device} ({config.dtype}, {config.attention} attention)")
-    loaded = load(config)
-    planner = Planner(loaded.geometry, config.dtype)
-    tasks = [_plan_task(entry, config, loaded, plan_task) for entry in config.tasks]
-    plan = make_plan(config, tasks, planner, loaded)
+
+    def load_and_say(each: RunConfig) -> Any:
+        say(f"loading {each.model} on {each.device} ({each.dtype}, {each.attention} attention)")
+        return load(each)
+
+    models = Models.load(config, load_and_say)
+    planner = Planner.of(models, config.dtype)
+    tasks = [_plan_task(entry, config, models) for entry in config.tasks]
+    validates = "per-task" in config.policies and any(each.geometry.visor for each in models.all)
+    validation = [_plan_task(entry, config, models, "validation") for entry in config.tasks] if validates else []
+    plan = make_plan(config, tasks, planner, models, validation)
     for entry in plan.unreachable:
-        budget = "" if entry["budget"] is None else f"@{entry['budget']:g}"
-        say(f"left out: {entry['method']}{budget}: {entry['reason']}")
+        say(f"left out: {setting_id(entry['method'], entry['budget'], entry['policy'])}: {entry['reason']}")
     if dry_run:
         print(dry_run_table(plan, planner))
-        print(json.dumps({"dry_run": True, "run_folder": str(config.out), "cells": len(plan.cells),
-                          "unreachable": list(plan.unreachable)}))  # fmt: skip
+        print(json.dumps({"dry_run": True, "run_folder": str(config.out), "cells": len(plan.all_cells),
+                          "derived": len(plan.derived), "unreachable": list(plan.unreachable)}))  # fmt: skip
         return OK
     folder = RunFolder(config.out)
     with folder.locked():
-        _write_run(config, command, folder, plan, loaded)
-        result, hit_rate = _accuracy(config, folder, plan, planner, loaded)
-        untimed = _timing(config, folder, plan, planner, loaded) if config.timing else {}
+        _write_run(config, command, folder, plan, models)
+        result, hit_rate = _accuracy(config, folder, plan, planner, models)
+        untimed = _timing(config, folder, plan, planner, models) if config.timing else {}
         report_path, report_error = _report(folder) if report else (None, None)
     failed = result.num_failed_cells + result.num_failed_samples > 0 or bool(untimed) or report_error is not None
     print(
@@ -170,43 +196,56 @@ def execute(
     return FAILURES if failed else OK
 
 
-def _plan_task(entry: Any, config: RunConfig, loaded: Any, plan_task: Callable[..., PlannedTask]) -> PlannedTask:
+def _plan_task(entry: Any, config: RunConfig, models: Models, split: str = "test") -> PlannedTask:
     from budgets.registry import TASKS
+    from evaluations.cells import VALIDATION, plan_task
 
-    say(f"reading {entry.name}")
+    say(f"reading {entry.name}" + f", {split} split" * (split != "test"))
     task = TASKS.get(entry.name)()
-    return plan_task(entry.name, task, task.samples(entry.limit), config.batch_size, loaded)
+    samples = task.samples(entry.limit) if split == "test" else task.samples(entry.limit, split)
+    name = entry.name + VALIDATION * (split == "validation")
+    return plan_task(name, task, samples, config.batch_size, models.base)
 
 
 def dry_run_table(plan: Plan, planner: Planner) -> str:
     """The cells with the predicted cost of each, at the longest question of its task."""
     columns = ("GFLOPs a sample", "of dense", "visual tokens")
-    header = f"{'task':16} {'setting':22} {'samples':>7} {columns[0]:>16} {columns[1]:>9} {columns[2]:>14}  cell"
+    header = f"{'task':22} {'setting':22} {'samples':>7} {columns[0]:>16} {columns[1]:>9} {columns[2]:>14}  cell"
     lines = [header, "-" * len(header)]
-    for cell in plan.cells:
+    for cell in plan.all_cells:
         figures = f"{'?':>16} {'?':>9} {'?':>14}"  # no sample of the task could be prepared
-        if cell.task.lengths:
+        if cell.setting.derived and cell.setting.policy is not None:
+            figures = f"{'by sample':>16} {'':>9} {'':>14}"
+        elif cell.task.lengths:
             lengths = cell.task.lengths[-1]
-            cost = planner.cost(planner.fitted(cell.setting, lengths)[1], lengths.num_text)
+            schedule = planner.fitted(cell.setting, lengths)[1]
+            cost = planner.cost(schedule, lengths.num_text, cell.setting.model)
             relative = planner.relative_cost(cell.setting, lengths)
             figures = f"{cost.decoder_prefill / 1e9:16.3f} {relative:9.1%} {cost.visual_tokens_mean:14.1f}"
-        lines.append(f"{cell.task.name:16} {cell.setting.id:22} {len(cell.task.samples):7} {figures}  {cell.key}")
+        num_sources = sum(map(len, cell.sources.values()))
+        key = f"derived from {num_sources} cells" if cell.setting.derived else cell.key
+        lines.append(f"{cell.task.name:22} {cell.setting.id:22} {len(cell.task.samples):7} {figures}  {key}")
     lines.append("GFLOPs: prefill of the decoder layers, 2 x MACs; visual tokens: mean over the layers.")
     return "\n".join(lines)
 
 
-def _write_run(config: RunConfig, command: str, folder: RunFolder, plan: Plan, loaded: Any) -> None:
-    """Write run.json, or extend that of an earlier run in the folder."""
-    from evaluations.provenance import collect
-    from evaluations.records import RunFolder
-
-    checkpoint = {
-        "name": config.model,
+def _checkpoint(name: str, loaded: Any) -> dict[str, Any]:
+    return {
+        "name": name,
         "path": str(loaded.path),
         "sha256": loaded.checkpoint_sha256,
         "trained": card_says_trained(loaded.card),
         "card": loaded.card,
     }
+
+
+def _write_run(config: RunConfig, command: str, folder: RunFolder, plan: Plan, models: Models) -> None:
+    """Write run.json, or extend that of an earlier run in the folder."""
+    from evaluations.provenance import collect
+    from evaluations.records import RunFolder
+
+    checkpoint = _checkpoint(config.model, models.base)
+    others = {method: _checkpoint(name, models[name]) for method, name in models.by_method.items()}
     suite_tasks = {
         task.name: {
             "name": task.name, "title": task.task.title, "version": task.task.version, "metric": task.task.metric,
@@ -215,11 +254,12 @@ def _write_run(config: RunConfig, command: str, folder: RunFolder, plan: Plan, l
         for task in plan.tasks
     }  # fmt: skip
     provenance = collect(config.device, config.dtype, config.attention, checkpoint)
-    cells, created, commands = [cell.key for cell in plan.cells], datetime.now(timezone.utc).isoformat(), [command]
+    cells, created, commands = [cell.key for cell in plan.all_cells], datetime.now(timezone.utc).isoformat(), [command]
     unreachable = list(plan.unreachable)
     if folder.run_path.exists():
         earlier = RunFolder.open(folder.path).read_run()
-        check_continues(earlier, config, loaded.checkpoint_sha256, suite_tasks, folder)
+        check_continues(earlier, config, checkpoint["sha256"], suite_tasks, folder, others)
+        others = {**earlier["provenance"].get("checkpoints", {}), **others}
         earlier_tasks = {task["name"]: task for task in earlier["suite"]["tasks"]}
         suite_tasks = {**earlier_tasks, **suite_tasks}
         cells = list(dict.fromkeys([*earlier["cells"], *cells]))
@@ -235,7 +275,7 @@ def _write_run(config: RunConfig, command: str, folder: RunFolder, plan: Plan, l
                 "name": config.suite.name, "title": config.suite.title, "description": config.suite.description,
                 "tasks": list(suite_tasks.values()),
             },
-            "provenance": provenance,
+            "provenance": {**provenance, "checkpoints": others},
             "limit": config.limit,
             "unreachable": unreachable,
             "not_timed": {},
@@ -257,7 +297,12 @@ def card_says_trained(card: str | None) -> bool | None:
 
 
 def check_continues(
-    earlier: dict[str, Any], config: RunConfig, checkpoint: str, tasks: dict[str, dict[str, Any]], folder: RunFolder
+    earlier: dict[str, Any],
+    config: RunConfig,
+    checkpoint: str,
+    tasks: dict[str, dict[str, Any]],
+    folder: RunFolder,
+    others: dict[str, dict[str, Any]],
 ) -> None:
     """Refuse to mix two runs in a folder. Methods, budgets and tasks may be added; nothing else may differ.
 
@@ -268,6 +313,9 @@ def check_continues(
     before = {**earlier["config"], "checkpoint": earlier["provenance"]["checkpoint"]["sha256"]}
     must_agree = ("suite", "checkpoint", "device", "dtype", "attention", "batch_size", "limit", "seed")
     differ = [f"{name} was {before[name]}, now {now[name]}" for name in must_agree if before[name] != now[name]]
+    for method, each in earlier["provenance"].get("checkpoints", {}).items():
+        if method in others and others[method]["sha256"] != each["sha256"]:
+            differ.append(f"checkpoint of {method} was {each['name']}, now {others[method]['name']} or other weights")
     for task in earlier["suite"]["tasks"]:
         same = tasks.get(task["name"], task)
         differ += [
@@ -283,14 +331,14 @@ def check_continues(
 
 
 def _accuracy(
-    config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, loaded: Any
+    config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, models: Models
 ) -> tuple[SweepResult, float | None]:
     from evaluations.features import FeatureCache
     from evaluations.progress import progress
     from evaluations.sweep import Sweep
 
     cache = FeatureCache()
-    sweep = Sweep(loaded, plan, planner, folder, config.suite.name, cache)
+    sweep = Sweep(models, plan, planner, folder, config.suite.name, cache)
     states = sweep.pending()
     total = sum(len(state.cell.task.samples) for state in states.values())
     done = sum(state.num_resumed for state in states.values())
@@ -303,12 +351,12 @@ def _accuracy(
     return result, cache.hit_rate
 
 
-def _timing(config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, loaded: Any) -> dict[str, str]:
+def _timing(config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, models: Models) -> dict[str, str]:
     from evaluations.measure import TimingPass
     from evaluations.progress import progress
     from evaluations.provenance import load_average
 
-    timing_pass = TimingPass(loaded, plan, planner, folder, config.suite.timing)
+    timing_pass = TimingPass(models, plan, planner, folder, config.suite.timing)
     pending = timing_pass.pending()
     total = config.suite.timing.min_runs * sum(map(len, pending.values()))
     load = load_average()

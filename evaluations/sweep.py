@@ -12,15 +12,17 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from evaluations.cells import Cell, Lengths, Plan, PlannedTask, Planner, check_sample, digest
+from evaluations.cells import Cell, Lengths, Plan, PlannedTask, Planner, Setting, check_sample, digest
 from evaluations.features import FeatureCache, FeatureKey
 from evaluations.metrics import score
+from evaluations.models import Models, tower_key
+from evaluations.policies import derive_all, manifest_of
 from evaluations.progress import Progress
-from evaluations.records import NUM_EXPLORER_SAMPLES, Manifest, RunFolder, SampleRecord, pack_bits
+from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, SampleRecord, pack_bits
 from visor.method import tower_reduction
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class CellState:
 
 @dataclass
 class BatchInputs:
-    """One batch, ready for every setting: what could be prepared, and why the rest could not."""
+    """One batch, ready for every setting of a checkpoint: what could be prepared, and why the rest could not."""
 
     samples: Sequence[Sample]
     prepared: dict[str, Any] = field(default_factory=dict)
@@ -67,17 +69,17 @@ class Sweep:
     """Runs the cells of a plan that are not done.
 
     Args:
-        loaded: the model (`visor.inference.LoadedModel`).
-        planner: schedules and prices for its geometry.
+        models: the checkpoints.
+        planner: schedules and prices for their geometries.
         folder: where records go; the caller holds its lock.
         suite: name of the suite, for the manifests.
         cache: vision features.
     """
 
     def __init__(
-        self, loaded: Any, plan: Plan, planner: Planner, folder: RunFolder, suite: str, cache: FeatureCache
+        self, models: Models, plan: Plan, planner: Planner, folder: RunFolder, suite: str, cache: FeatureCache
     ) -> None:
-        self.loaded, self.plan, self.planner, self.folder, self.suite = loaded, plan, planner, folder, suite
+        self.models, self.plan, self.planner, self.folder, self.suite = models, plan, planner, folder, suite
         self.cache = cache
         # One look at the tower serves all methods: what any of them wants to see is recorded for all.
         self.taps = frozenset().union(*(setting.method.taps for setting in plan.settings))
@@ -107,11 +109,13 @@ class Sweep:
         started = time.monotonic()
         for state in states.values():
             self.folder.samples_file(state.cell.key).cut(state.num_resumed)
-        for task in self.plan.tasks:
+        for task in (*self.plan.tasks, *self.plan.validation):
             of_task = [states[cell.key] for cell in self.plan.cells if cell.task is task and cell.key in states]
             if of_task:
-                self._save_images(task)
+                if task in self.plan.tasks:
+                    self._save_images(task)
                 self._run_task(task, of_task, progress)
+        derive_all(self.plan, self.folder, self.planner, self.suite, progress)
         return self._result(time.monotonic() - started)
 
     def _save_images(self, task: PlannedTask) -> None:
@@ -126,18 +130,21 @@ class Sweep:
     def _run_task(self, task: PlannedTask, states: list[CellState], progress: Progress) -> None:
         for number, batch in enumerate(task.batches):
             waiting = [state for state in states if state.open and state.num_batches_done == number]
-            inputs = self._prepare(batch) if waiting else None
+            inputs: dict[str, BatchInputs] = {}
             for state in waiting:
-                self._run_batch(state, inputs, progress)
+                model = state.cell.setting.model
+                if model not in inputs:
+                    inputs[model] = self._prepare(batch, model)
+                self._run_batch(state, inputs[model], progress)
         for state in states:
             self._finish(state)
 
-    def _prepare(self, batch: Sequence[Sample]) -> BatchInputs:
+    def _prepare(self, batch: Sequence[Sample], model: str) -> BatchInputs:
         inputs = BatchInputs(batch)
         for sample in batch:
             try:
                 check_sample(sample)
-                inputs.prepared[sample.sample_id] = self.loaded.prepare(sample.image, sample.question)
+                inputs.prepared[sample.sample_id] = self.models[model].prepare(sample.image, sample.question)
             except Exception as error:
                 inputs.errors[sample.sample_id] = describe(error)
         return inputs
@@ -163,6 +170,7 @@ class Sweep:
 
     def _answer(self, cell: Cell, inputs: BatchInputs) -> list[SampleRecord]:
         """Records of one batch under one setting, in the order of the batch."""
+        loaded = self.models[cell.setting.model]
         errors, schedules = dict(inputs.errors), {}
         for sample_id, prepared in inputs.prepared.items():
             try:
@@ -174,12 +182,16 @@ class Sweep:
         if schedules:
             ids = list(schedules)
             prepared = [inputs.prepared[i] for i in ids]
-            vision = self._encode(prepared, [schedules[i] for i in ids])
+            vision = self._encode(loaded, prepared, [schedules[i] for i in ids])
             if cell.setting.method.adaptive:
-                resolved = self.loaded.resolve(vision, [schedules[i] for i in ids])
+                resolved = loaded.resolve(vision, [schedules[i] for i in ids])
                 schedules = dict(zip(ids, resolved, strict=True))
-            answers = self.loaded.generate(prepared, vision, [schedules[i] for i in ids], cell.task.task.max_new_tokens)
-            generations = {i: (answer, features) for i, answer, features in zip(ids, answers, vision, strict=True)}
+            ordered = [schedules[i] for i in ids]
+            answers = loaded.generate(prepared, vision, ordered, cell.task.task.max_new_tokens)
+            # What the router says of a sample does not depend on the configuration: it is asked once, with the first.
+            asks = cell.setting.configuration == 0 and self._has_router(cell.setting)
+            routing = loaded.route(prepared, vision, ordered) if asks else [None] * len(ids)
+            generations = {i: each for i, *each in zip(ids, answers, vision, routing, strict=True)}
         records = []
         for sample in inputs.samples:
             i = sample.sample_id
@@ -189,7 +201,11 @@ class Sweep:
                 records.append(self._record(cell, sample, inputs.prepared[i], schedules[i], *generations[i]))
         return records
 
-    def _encode(self, prepared: Sequence[Any], schedules: Sequence[Schedule]) -> list[Any]:
+    def _has_router(self, setting: Setting) -> bool:
+        trained = self.planner.geometries[setting.model].visor
+        return trained is not None and bool(trained.router)
+
+    def _encode(self, loaded: Any, prepared: Sequence[Any], schedules: Sequence[Schedule]) -> list[Any]:
         """Vision features of each sample, from the cache or from one call for all images that are encoded alike."""
         features: list[Any] = [None] * len(prepared)
         treatments = [(schedule.image_scale, tower_reduction(schedule)) for schedule in schedules]
@@ -198,14 +214,12 @@ class Sweep:
             images = {prepared[i].image_key: prepared[i] for i in places}
             group = digest(list(images))
             keys = {
-                image: FeatureKey(
-                    self.loaded.checkpoint_sha256, str(self.loaded.dtype), scale, image, repr(inside or ""), group
-                )
+                image: FeatureKey(tower_key(loaded), str(loaded.dtype), scale, image, repr(inside or ""), group)
                 for image in images
             }
             found = {image: self.cache.get(key) for image, key in keys.items()}
             if any(value is None for value in found.values()):
-                encode = self.loaded.encode if inside is None else partial(self.loaded.encode, inside=inside)
+                encode = loaded.encode if inside is None else partial(loaded.encode, inside=inside)
                 encoded = encode(list(images.values()), self.taps if inside is None else (), scale)
                 found = dict(zip(images, encoded, strict=True))
                 for image, value in found.items():
@@ -215,13 +229,20 @@ class Sweep:
         return features
 
     def _record(
-        self, cell: Cell, sample: Sample, prepared: Any, schedule: Schedule, answer: Any, vision: Any
+        self,
+        cell: Cell,
+        sample: Sample,
+        prepared: Any,
+        schedule: Schedule,
+        answer: Any,
+        vision: Any,
+        routing: list[float] | None,
     ) -> SampleRecord:
         lengths = Lengths(prepared.num_visual, prepared.num_text)
-        cost = self.planner.cost(schedule, lengths.num_text)
+        cost = self.planner.cost(schedule, lengths.num_text, cell.setting.model)
         grid = vision.grid and [round(side / schedule.image_scale) for side in vision.grid]  # at full size
         return SampleRecord(
-            **_identity(sample),
+            **identity(sample),
             answer=answer.text,
             score=float(score(cell.task.task.metric, answer.text, sample.references)),
             num_text=lengths.num_text,
@@ -232,33 +253,24 @@ class Sweep:
             flops=dict(cost.parts),
             visual_tokens=list(cost.visual_tokens),
             kv_bytes=cost.kv_bytes,
+            layer_flops=list(cost.per_layer),
+            confidence=answer.confidence,
+            routing=routing,
+            configuration=cell.setting.configuration,
             kept=pack_bits(answer.kept),
         )
 
     def _finish(self, state: CellState) -> None:
         """Write the manifest, the last thing that is written of a cell."""
-        cell, setting, task = state.cell, state.cell.setting, state.cell.task
+        cell = state.cell
         records = self.folder.samples(cell.key)
         if state.error is None:
             (self.folder.cell_path(cell.key) / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
         self.folder.write_manifest(
-            Manifest(
-                key=cell.key,
-                method=setting.name,
-                title=setting.method.title,
+            replace(
+                manifest_of(cell, self.suite, records, state.error),
                 params=self._params(cell, records),
-                trained=setting.method.trained,
-                budget=setting.budget,
-                policy=setting.policy,
-                suite=self.suite,
-                task=task.name,
-                metric=task.task.metric,
-                num_samples=len(task.samples),
-                num_failed=sum(record.error is not None for record in records),
-                status="ok" if state.error is None else "failed",
-                error=state.error,
                 seconds=round(state.seconds, 3),
-                setting_id=setting.id,
                 num_resumed=state.num_resumed,
             )
         )
@@ -271,10 +283,11 @@ class Sweep:
         for name, value in (options[0] if options else cell.setting.method.options()).items():
             values = sorted({each[name] for each in options}, key=lambda v: (str(type(v)), v)) if options else [value]
             merged[name] = values[0] if len(values) == 1 else [values[0], values[-1]]
-        return merged
+        configuration = cell.setting.configuration
+        return merged if configuration is None else {"configuration": configuration, **merged}
 
     def _result(self, seconds: float) -> SweepResult:
-        keys = {cell.key for cell in self.plan.cells}
+        keys = {cell.key for cell in self.plan.all_cells}
         manifests = [manifest for key in sorted(keys) if (manifest := self.folder.manifest(key))]
         return SweepResult(
             num_cells=len(manifests),
@@ -294,7 +307,8 @@ def describe(error: Exception) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def _identity(sample: Sample) -> dict[str, Any]:
+def identity(sample: Sample) -> dict[str, Any]:
+    """The fields of a record that say which sample it is of."""
     return {
         "sample_id": sample.sample_id,
         "image_id": sample.image_id,
@@ -305,4 +319,4 @@ def _identity(sample: Sample) -> dict[str, Any]:
 
 
 def _failed(sample: Sample, error: str) -> SampleRecord:
-    return SampleRecord(**_identity(sample), answer=None, score=0.0, error=error)
+    return SampleRecord(**identity(sample), answer=None, score=0.0, error=error)

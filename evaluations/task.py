@@ -64,6 +64,7 @@ class Task(ABC):
         kind: what it asks for; suites group by it.
         max_new_tokens: longest answer, in tokens.
         num_samples: how many questions the test split has here, at most.
+        splits: what `stream` can yield; a policy that is chosen on data needs "validation".
     """
 
     name: ClassVar[str]
@@ -73,22 +74,25 @@ class Task(ABC):
     kind: ClassVar[Kind]
     max_new_tokens: ClassVar[int] = 8
     num_samples: ClassVar[int] = 600
+    splits: ClassVar[tuple[str, ...]] = ("test",)
 
     @abstractmethod
-    def stream(self) -> Iterator[Sample]:
-        """The samples of the held-out split, always in the same order."""
+    def stream(self, split: str = "test") -> Iterator[Sample]:
+        """The samples of a held-out split, always in the same order."""
 
-    def samples(self, limit: int | None = None) -> list[Sample]:
+    def samples(self, limit: int | None = None, split: str = "test") -> list[Sample]:
         """The first `limit` samples (default: all of them).
 
         Raises:
-            ValueError: `limit` is not positive.
+            ValueError: `limit` is not positive, or the task has no such split.
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 sample, got {limit}")
+        if split not in self.splits:
+            raise ValueError(f"task {self.name!r} has no {split} split, only: {', '.join(self.splits)}")
         wanted = min(limit or self.num_samples, self.num_samples)
         chosen, seen = [], set()
-        for sample in self.stream():
+        for sample in self.stream(split):
             if sample.sample_id not in seen:  # the same question may be drawn twice for an image
                 seen.add(sample.sample_id)
                 chosen.append(sample)
@@ -109,11 +113,12 @@ class SyntheticTask(Task):
     world: ClassVar[str]
     size: ClassVar[float] = 1.0
     questions_per_image: ClassVar[int] = 3
+    splits: ClassVar[tuple[str, ...]] = ("validation", "test")
 
-    def stream(self) -> Iterator[Sample]:
+    def stream(self, split: str = "test") -> Iterator[Sample]:
         index = 0
         while True:
-            one = scene(self.world, "test", index, self.size)
+            one = scene(self.world, split, index, self.size)
             image_id = image_id_of(one.image)
             # A scene lists its questions by kind: take them evenly spaced, starting anywhere, so that all kinds come.
             num = min(self.questions_per_image, len(one.questions))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from budgets.registry import nearest_first
 
@@ -114,6 +115,19 @@ def content_sha256(folder: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
         total.update(f"{path.name}\n{digest.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def modules_sha256(modules: Sequence[Any], more: str = "") -> str:
+    """Hash over the names and values of some modules' weights, and a text."""
+    import torch
+
+    total = hashlib.sha256(more.encode())
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
+            # As bytes: numpy has no bfloat16.
+            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -18,10 +18,11 @@ class EasyVQA(Task):
     title: ClassVar[str] = "easy-VQA"
     metric: ClassVar[str] = "vqa_accuracy"
     kind: ClassVar[Kind] = "coarse"
+    splits: ClassVar[tuple[str, ...]] = ("validation", "test")
 
-    def stream(self) -> Iterator[Sample]:
-        for image_number in images_of_split("test"):
-            image, questions = load("test", image_number)
+    def stream(self, split: str = "test") -> Iterator[Sample]:
+        for image_number in images_of_split(split):
+            image, questions = load(split, image_number)
             image_id = image_id_of(image)
             # A question that asks for a colour or shape says more than one of the many yes/no ones: take one of each.
             direct = min(questions, key=lambda q: q.kind == "easy_vqa/yes_no")

@@ -12,14 +12,14 @@ import hashlib
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from PIL import Image
 
-from budgets.geometry import ModelGeometry, VisionGeometry
+from budgets.geometry import ModelGeometry, VisionGeometry, VisorGeometry
 from budgets.registry import TASKS
 from budgets.schedule import LayerMode
 from evaluations.config import RunConfig
@@ -28,6 +28,8 @@ from evaluations.suite import Suite, SuiteTask, TimingPlan
 TOWER = VisionGeometry(2, 32, 64, 2, 4, 48, ((32, 64), (64, 64)))
 GEOMETRY = ModelGeometry("fake", 12, 64, 128, 4, 2, 16, 100, TOWER)
 NUM_VISUAL = 144
+CONFIGURATIONS = ((), (4,), (4, 7), (1, 4, 7, 10))
+VISOR = VisorGeometry((0, 3, 6, 9), (1, 4, 7, 10), CONFIGURATIONS, 3, ((192, 8), (8, 4)))
 
 
 def hashed(*parts) -> str:
@@ -53,10 +55,10 @@ class BrokenImage:
 
 
 def make_task(name: str, num_samples: int = 10, questions_an_image: int = 2, max_new_tokens: int = 3):
-    def samples(self, limit):
+    def samples(self, limit, split="test"):
         made = []
         for i in range(num_samples):
-            shade = 20 * (i // questions_an_image)
+            shade = 20 * (i // questions_an_image) + 10 * (split == "validation")
             image = Image.new("RGB", (8, 8), (shade, ord(name[-1]), 7))
             image_id = hashed(name, shade)[:12]
             question = "what is it " + "please " * (i % 4)
@@ -87,8 +89,11 @@ def fake_tasks():
 class FakeModel:
     """As `visor.inference.LoadedModel`, as far as the harness sees it."""
 
-    def __init__(self, seconds_per_call: float = 0.0) -> None:
+    def __init__(self, seconds_per_call: float = 0.0, visor: VisorGeometry | None = None) -> None:
         self.geometry, self.checkpoint_sha256, self.dtype = GEOMETRY, "c0ffee", "torch.float32"
+        if visor is not None:
+            self.geometry, self.checkpoint_sha256 = replace(GEOMETRY, visor=visor), "ca11ab1e"
+        self.tower_sha256, self.routed = "70e4", 0
         self.device, self.path, self.card = torch.device("cpu"), Path("nowhere"), "trained: false"
         self.model = torch.nn.Linear(4, 4)
         self.seconds_per_call = seconds_per_call
@@ -98,7 +103,7 @@ class FakeModel:
 
     def check(self, schedules):
         for schedule in schedules:
-            if schedule.layers_in(LayerMode.CROSS):
+            if schedule.layers_in(LayerMode.CROSS) and self.geometry.visor is None:
                 raise ValueError("this model has no trained cross-attention blocks")
 
     def prepare(self, image, question):
@@ -126,11 +131,17 @@ class FakeModel:
         answer = lambda i, s: SimpleNamespace(
             text=str(int(hashed(batch, i)[:8], 16) % 3),
             token_ids=(1,),
+            confidence=int(hashed(batch, i)[8:12], 16) / 0xFFFF,
             kept=[j < s.decoder_visual for j in range(NUM_VISUAL)],
         )
         return [answer(i, schedule) for i, schedule in enumerate(schedules)]
 
-    def prefill(self, prepared, vision, schedules, num_new_tokens):
+    def route(self, prepared, vision, schedules):
+        self.routed += len(prepared)
+        number = lambda p, c: int(hashed(p.question, p.image_key, c)[:8], 16) / 0xFFFFFFFF
+        return [[number(p, c) * 8 - 4 for c in range(len(self.geometry.visor.configurations))] for p in prepared]
+
+    def prefill(self, prepared, vision, schedules, num_new_tokens, request=None):
         if any(map(self.fails_on, schedules)):
             raise RuntimeError("the kernel\nexploded")
         time.sleep(1e-4)
@@ -141,15 +152,18 @@ class FakeModel:
 
 
 def make_config(
-    out: Path, methods=("dense", "fastv"), budgets=(0.5,), asked=None, asked_methods=None, **changes
+    out: Path, methods=("dense", "fastv"), budgets=(0.5,), asked=None, asked_methods=None, visor=False, **changes
 ) -> RunConfig:
     suite = Suite(
         "fakes", "Fakes", "Two tasks.", (SuiteTask("fake_a"), SuiteTask("fake_b", 6)), tuple(methods), tuple(budgets),
         TimingPlan(num_samples=2, throughput_batch=3, new_tokens=3, min_runs=2, min_seconds=0, max_runs=2),
     )  # fmt: skip
     # `--model` is looked up before it is loaded, and this folder stands in for a model.
-    (out.parent / "model").mkdir(parents=True, exist_ok=True)
-    (out.parent / "model" / "config.json").write_text("{}")
+    for folder in ("model", "visor"):
+        (out.parent / folder).mkdir(parents=True, exist_ok=True)
+        (out.parent / folder / "config.json").write_text("{}")
+    if visor:
+        changes["checkpoints"] = [("visor", str(out.parent / "visor"))]
     return RunConfig.of(
         suite, out=out, batch_size=4, budgets=asked, methods=asked_methods, model=str(out.parent / "model"), **changes
     )

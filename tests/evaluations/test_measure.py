@@ -21,6 +21,7 @@ from evaluations.measure import (
     timing_samples,
     weights_bytes,
 )
+from evaluations.models import Models
 from evaluations.records import RunFolder
 from evaluations.suite import TimingPlan
 from visor.stopwatch import scoring
@@ -42,7 +43,7 @@ def make_pass(tmp_path, timing=PLAN, model=None, methods=("dense", "fastv", "poo
     config, model = make_config(tmp_path / "run", methods=methods), model or FakeModel()
     planner = Planner(model.geometry, config.dtype)
     tasks = [plan_task(n, TASKS.get(n)(), TASKS.get(n)().samples(6), 4, model) for n in ("fake_a", "fake_b")]
-    plan = make_plan(config, tasks, planner, model)
+    plan = make_plan(config, tasks, planner, Models(model))
     return TimingPass(model, plan, planner, RunFolder(tmp_path / "run"), timing)
 
 

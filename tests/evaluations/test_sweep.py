@@ -13,6 +13,7 @@ import pytest
 from fakes import BrokenImage, FakeModel, FakeSample, make_config, make_task
 
 from evaluations.cells import Lengths, Planner, make_batches, make_plan, plan_task
+from evaluations.models import Models
 from evaluations.records import RunFolder, unpack_bits
 from evaluations.run import execute
 
@@ -208,7 +209,7 @@ def plan_of(config, model=None):
     model = model or FakeModel()
     planner = Planner(model.geometry, config.dtype)
     tasks = [plan_task("fake_a", make_task("fake_a")(), make_task("fake_a")().samples(None), config.batch_size, model)]
-    return make_plan(config, tasks, planner, model), planner
+    return make_plan(config, tasks, planner, Models(model)), planner
 
 
 def test_a_key_changes_with_all_that_can_change_the_output(tmp_path):
