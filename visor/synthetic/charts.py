@@ -30,6 +30,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         for tick in range(1, 5):
             canvas.rule(2, base - full * tick / 4, 142, base - full * tick / 4)
     canvas.draw.line((2, base, 142, base), fill=canvas.ink)
+    known_of = []
     extremes = {int(np.argmax(values)): "largest", int(np.argmin(values)): "smallest"}
     for i, (name, color, value) in enumerate(zip(names, colors, values, strict=True)):
         read = [("value0", str(value)[0]), ("value1", str(value)[1])]
@@ -38,15 +39,16 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         canvas.draw.rectangle((x - width / 2, top, x + width / 2, base), fill=jitter_color(rng, color))
         canvas.label((color, "bar"), x, (top + base) / 2, read)
         canvas.glyph(name, x, base + 10, pixels, known)
+        known_of += [(name, tuple(known)), (color, tuple(read))]
         canvas.text(str(value), x - 6.2, top - 9, pixels, 12.4)
 
     questions = []
-    for i in rng.permutation(num_bars)[:4]:
+    for i in rng.permutation(num_bars)[:3]:
         questions.append(Question(pick(rng, VALUE).format(names[i]), str(values[i]), "charts/value"))
-    i = int(rng.integers(num_bars))
-    questions.append(Question(pick(rng, NAME).format(colors[i]), str(values[i]), "charts/value_of_color"))
-    i = int(rng.integers(num_bars))
-    questions.append(Question(pick(rng, COLOR).format(names[i]), colors[i], "charts/color"))
+    for i in rng.permutation(num_bars)[:2]:
+        questions.append(Question(pick(rng, NAME).format(colors[i]), str(values[i]), "charts/value_of_color"))
+    for i in rng.permutation(num_bars)[:3]:
+        questions.append(Question(pick(rng, COLOR).format(names[i]), colors[i], "charts/color"))
     extreme, phrasings = (np.argmax, HIGHEST) if rng.random() < 0.5 else (np.argmin, LOWEST)
     questions.append(Question(pick(rng, phrasings), names[int(extreme(values))], "charts/extreme"))
-    return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_bars)
+    return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_bars, tuple(known_of))

@@ -45,17 +45,26 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         canvas.glyph(left[i], x0, y0, pixels)
         canvas.glyph(right[j], x1, y1, pixels, far)
 
+    known = tuple(
+        entry
+        for color, here, there in zip(colors, left, (right[j] for j in goal), strict=True)
+        for entry in (
+            (here, (("color", color), ("other", there))),
+            (there, (("color", color), ("other", here))),
+            (color, (("value0", here), ("value1", there))),
+        )
+    )
     questions = []
     for i in pick_some(rng, range(num_lines), 3):
         here, there = left[i], right[goal[i]]
         if rng.random() < 0.5:
             here, there = there, here
         questions.append(Question(pick(rng, OTHER_END).format(here), there, "connections/other_end"))
-    i = int(rng.integers(num_lines))
-    questions.append(
-        Question(pick(rng, LINE_COLOR).format(pick(rng, (left[i], right[goal[i]]))), colors[i], "connections/color")
-    )
-    i, side = int(rng.integers(num_lines)), pick(rng, ("left", "right"))
-    answer = left[i] if side == "left" else right[goal[i]]
-    questions.append(Question(pick(rng, ENDS).format(side, colors[i]), answer, "connections/end"))
-    return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_lines)
+    for i in pick_some(rng, range(num_lines), 3):
+        end = pick(rng, (left[i], right[goal[i]]))
+        questions.append(Question(pick(rng, LINE_COLOR).format(end), colors[i], "connections/color"))
+    for i in pick_some(rng, range(num_lines), 2):
+        side = pick(rng, ("left", "right"))
+        answer = left[i] if side == "left" else right[goal[i]]
+        questions.append(Question(pick(rng, ENDS).format(side, colors[i]), answer, "connections/end"))
+    return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_lines, known)

@@ -57,6 +57,8 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
 
     questions = [Question(pick(rng, COUNT), str(num_shapes), "scenes/count")]
     unique = [i for i in range(num_shapes) if shapes.count(shapes[i]) == 1]
+    known = [(colors[i], (("other", shapes[i]),)) for i in range(num_shapes)]
+    known += [(shapes[i], (("color", colors[i]),)) for i in unique]
     if unique:
         i = pick(rng, unique)
         questions.append(Question(pick(rng, COLOR).format(shapes[i]), colors[i], "scenes/color"))
@@ -70,4 +72,4 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     questions.append(
         Question(pick(rng, PRESENT).format(pick(rng, [n for n in near if n not in there])), "no", "scenes/present")
     )
-    return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_shapes)
+    return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_shapes, tuple(known))

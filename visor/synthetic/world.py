@@ -39,12 +39,16 @@ class Label:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image with its questions and labels. `difficulty` counts what competes for attention (rows, objects, ...)."""
+    """An image with its questions and labels. `difficulty` counts what competes for attention (rows, objects, ...).
+
+    `known` tells what a question that names a thing can know of it: (word, facts) pairs, facts as in `Label`.
+    """
 
     image: Image.Image
     questions: tuple[Question, ...]
     labels: tuple[Label, ...]
     difficulty: int
+    known: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
 
 
 Draw = Callable[[np.random.Generator, str, float], Scene]

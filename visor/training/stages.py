@@ -134,7 +134,7 @@ class DecoderStage(Stage):
         with torch.autocast("cpu", torch.bfloat16):
             visual = model.patches(words_BMW, model.llava.get_input_embeddings().weight, patch_BM)
             logits = model.decode(visual, patch_BM, valid_BM, text)
-            facts, measures = model.facts.loss(FactTargets.of(scenes, model.patch_words), patch_BM)
+            facts, measures = model.facts.loss(FactTargets.of(scenes, model.patch_words, patch_BM, text))
         loss, right = answer_loss(logits, text)
         return StepResult(loss + FACTS_WEIGHT * facts, right, measures)
 
@@ -207,7 +207,7 @@ class DenseStage(Stage):
             visual = model.llava.model.multi_modal_projector(features)
             logits = model.decode(visual, patch_BV, torch.ones_like(patch_BV, dtype=torch.bool), text)
             side_logits = model.tower_labels(features)
-            facts, measures = model.facts.loss(FactTargets.of(scenes, model.patch_words), patch_BV)
+            facts, measures = model.facts.loss(FactTargets.of(scenes, model.patch_words, patch_BV, text))
         loss, right = answer_loss(logits, text)
         side = label_loss(
             side_logits,
