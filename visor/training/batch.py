@@ -45,11 +45,12 @@ class Batch:
     rows: tuple[Row, ...] = field(repr=False)
 
     @classmethod
-    def of(cls, rows: Sequence[Row], pad_id: int, multiple: int = 8) -> Batch:
+    def of(cls, rows: Sequence[Row], pad_id: int, multiple: int = 8, with_pixels: bool = True) -> Batch:
         """Pad rows to one length.
 
         Args:
             multiple: lengths are rounded up to it: few distinct shapes keep kernels and allocators warm.
+            with_pixels: False where the features of the images are known already.
         """
         lines = []
         for row in rows:
@@ -72,7 +73,8 @@ class Batch:
         ]
         most = max(len(line[5]) for line in lines)
         ends_BQ = torch.tensor([line[5] + [-1] * (most - len(line[5])) for line in lines])
-        return cls(*padded, ends_BQ, collate_pixels([row.pixel_inputs for row in rows]), tuple(rows))
+        pixels = collate_pixels([row.pixel_inputs for row in rows]) if with_pixels else {}
+        return cls(*padded, ends_BQ, pixels, tuple(rows))
 
     @property
     def num_answer_tokens(self) -> int:

@@ -7,6 +7,8 @@ import torch
 from llava_rows import conversation
 from tiny_checkpoint import make_image, make_llava, make_processor
 
+from visor.training.vocabulary import CHAT_TEMPLATE
+
 torch.set_num_threads(1)
 
 
@@ -15,7 +17,9 @@ def base_folder(tmp_path_factory):
     """A LLaVA checkpoint as it would ship."""
     folder = tmp_path_factory.mktemp("base")
     make_llava().save_pretrained(folder)
-    make_processor().save_pretrained(folder)
+    processor = make_processor()
+    processor.chat_template = CHAT_TEMPLATE
+    processor.save_pretrained(folder)
     return folder
 
 

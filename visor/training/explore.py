@@ -1,0 +1,385 @@
+"""Evaluate SELF subsets on examples: for the search of viable ones, and for the labels that the router learns from.
+
+Answers are scored by teacher forcing: is each token what greedy decoding would say. The vision features of the examples
+are computed once for all subsets. What has been evaluated is on disk, so both commands go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from budgets import geometry as geometries
+from budgets import search
+from budgets.costs import price
+from budgets.schedule import dense
+from visor.training.batch import Batch
+from visor.training.data import BadRow, Skipped, Stream
+from visor.training.encoding import Encoder, Row
+from visor.training.forward import Answers, Features, PackedModel, answers_of
+from visor.training.optimise import Processes
+
+SCORES = ("exact", "likelihood")
+Subset = tuple[int, ...]
+
+
+def check_score(name: str) -> str:
+    """The name of a score.
+
+    Raises:
+        ValueError: no such score.
+    """
+    if name not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {name!r}")
+    return name
+
+
+def score_of(answers: Answers, score: str) -> list[list[float]]:
+    """Of each row, of each of its segments: 1 if the whole answer is right ("exact"), or its likelihood."""
+    return answers.likelihood if score == "likelihood" else [[float(ok) for ok in row] for row in answers.right]
+
+
+@dataclass
+class Encoded:
+    """Rows of a batch with the projected features of their images."""
+
+    batch: Batch
+    features: list[Features]
+
+
+def read_rows(stream: Stream, encoder: Encoder, positions: Sequence[int], skipped: Skipped) -> list[Row]:
+    """The usable rows at some positions of a stream; the others are listed."""
+    rows = []
+    for position in positions:
+        example = stream.read(position)
+        if isinstance(example, tuple):
+            skipped.add([example])
+            continue
+        try:
+            rows.append(encoder.encode(example))
+        except BadRow as error:
+            skipped.add([(example.key, str(error))])
+    return rows
+
+
+@torch.no_grad()
+def encode(
+    packed: PackedModel, rows: Sequence[Row], pad_id: int, processes: Processes, skipped: Skipped
+) -> Encoded | None:
+    """A batch with its features; rows whose image tokens do not match them are listed. None if nothing is left."""
+    if not rows:
+        return None
+    batch = Batch.of(rows, pad_id).to(processes.device)
+    with processes.autocast():
+        features = packed.image_features(batch)
+    wrong = packed.mismatched(batch, features)
+    if not wrong:
+        return Encoded(batch, features)
+    skipped.add([(batch.rows[index].key, reason) for index, reason in wrong])
+    bad = {index for index, _ in wrong}
+    return encode(packed, [row for i, row in enumerate(rows) if i not in bad], pad_id, processes, skipped)
+
+
+@torch.no_grad()
+def evaluate(packed: PackedModel, one: Encoded, subset: Subset, score: str, processes: Processes) -> list[list[float]]:
+    """Scores of a batch under a SELF subset, by row and segment."""
+    with processes.autocast():
+        logits = packed.logits(one.batch, one.features, subset)
+    return score_of(answers_of(logits, one.batch), score)
+
+
+def relative_cost(packed: PackedModel, num_visual: int, num_text: int) -> Callable[[Subset], float]:
+    """Decoder prefill FLOPs of a subset relative to dense, for a prompt of these lengths."""
+    geometry = geometries.from_config(packed.base.config)
+    full = price(geometry, dense(geometry.num_layers, num_visual), num_text).decoder_prefill
+
+    def cost(subset: Subset) -> float:
+        schedule = replace(packed.schedule(subset), source_visual=num_visual)
+        return price(geometry, schedule, num_text).decoder_prefill / full
+
+    return cost
+
+
+def lengths_of(rows: Sequence[Row]) -> tuple[int, int]:
+    """(visual, text) tokens of the mean prompt, as if each question stood alone."""
+    num_visual = [row.num_visual for row in rows for _ in row.segments]
+    num_text = [len(row.prefix) - row.num_visual + s.prompt_end + 1 for row in rows for s in row.segments]
+    return round(float(np.mean(num_visual))), round(float(np.mean(num_text)))
+
+
+def macro_mean(by_kind: Mapping[str, Sequence[float]]) -> float:
+    """The mean over tasks of their mean scores, so that no task counts more for having more questions."""
+    return float(np.mean([np.mean(values) for values in by_kind.values()]))
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SearchResult:
+    """The table of a search, and the viable configurations, cheapest first."""
+
+    candidates: list[search.Candidate]
+    document: dict[str, Any]
+
+    @property
+    def configurations(self) -> list[list[int]]:
+        return [list(one.layers) for one in self.candidates if one.viable]
+
+
+def run_search(
+    packed: PackedModel,
+    stream: Stream,
+    encoder: Encoder,
+    folder: Path,
+    processes: Processes,
+    num_examples: int = 512,
+    batch_size: int = 32,
+    score: str = "exact",
+    longest: int | None = None,
+    margin: float = 0.0,
+) -> SearchResult:
+    """Score SELF subsets on a validation split and keep the viable ones; writes `search.json`.
+
+    Args:
+        num_examples: examples (images) from the stream.
+        longest, margin: see `budgets.search.shortlist`.
+
+    Raises:
+        ValueError: no usable example.
+    """
+    check_score(score)
+    folder.mkdir(parents=True, exist_ok=True)
+    packed.model.to(processes.device).eval()
+    pad_id, skipped = encoder.tokenizer.pad_token_id or 0, Skipped(folder / "skipped.jsonl")
+    rows = read_rows(stream, encoder, processes.share(range(num_examples)), skipped)
+    encoded = [
+        one
+        for first in range(0, len(rows), batch_size)
+        if (one := encode(packed, rows[first : first + batch_size], pad_id, processes, skipped)) is not None
+    ]
+    lengths = processes.gather([lengths_of(rows)] if rows else [])
+    if not lengths:
+        raise ValueError(f"no usable validation example: {skipped.summary()}; see {skipped.path}")
+    num_visual, num_text = (round(float(np.mean([one[k] for one in lengths]))) for k in (0, 1))
+    scored_path = folder / "scored.json"
+    scored: dict[str, dict[str, list[float]]] = json.loads(scored_path.read_text()) if scored_path.exists() else {}
+
+    def score_subsets(subsets: Sequence[Subset]) -> list[float]:
+        for subset in subsets:
+            name = ",".join(map(str, subset))
+            if name not in scored:
+                own: dict[str, list[float]] = defaultdict(list)
+                for one in encoded:
+                    for row, values in zip(
+                        one.batch.rows, evaluate(packed, one, subset, score, processes), strict=True
+                    ):
+                        for kind, value in zip(row.kinds, values, strict=True):
+                            own[kind].append(value)
+                by_kind: dict[str, list[float]] = defaultdict(list)
+                for part in processes.gather([dict(own)]):
+                    for kind, values in part.items():
+                        by_kind[kind] += values
+                scored[name] = dict(by_kind)
+                if processes.is_main:
+                    write_json(scored_path, scored)
+                    print(f"search: SELF {name or 'none'}: {macro_mean(by_kind):.3f}", flush=True)
+        return [macro_mean(scored[",".join(map(str, subset))]) for subset in subsets]
+
+    slots = packed.visor.config.self_layers
+    cost = relative_cost(packed, num_visual, num_text)
+    candidates = search.search(slots, score_subsets, cost, longest, margin)
+    document = {
+        "slots": list(slots),
+        "score": score,
+        "num_examples": num_examples,
+        "num_questions": len([v for values in next(iter(scored.values())).values() for v in values]),
+        "num_visual": num_visual,
+        "num_text": num_text,
+        "skipped": len(skipped.reasons),
+        "candidates": [
+            {
+                **one.to_dict(),
+                "by_kind": {
+                    kind: round(float(np.mean(values)), 4)
+                    for kind, values in sorted(scored[",".join(map(str, one.layers))].items())
+                },
+            }
+            for one in candidates
+        ],
+    }
+    result = SearchResult(candidates, document)
+    document["configurations"] = result.configurations
+    if processes.is_main:
+        write_json(folder / "search.json", document)
+    return result
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Labels:
+    """What the router learns from: N questions with C configurations each.
+
+    Args:
+        vectors_NR: routing vectors.
+        scores_NC: score of each configuration.
+        images_N: number of the example a question belongs to; a held-out split must not part them.
+        kinds: of each question.
+        costs_C: decoder prefill FLOPs of the configurations, relative to dense, at the mean lengths.
+    """
+
+    vectors_NR: Tensor
+    scores_NC: Tensor
+    images_N: Tensor
+    kinds: list[str]
+    costs_C: list[float]
+
+    def labels_N(self, reach: float = 0.99) -> Tensor:
+        """The cheapest configuration that reaches `reach` of the score of the costliest one."""
+        enough_NC = self.scores_NC >= reach * self.scores_NC[:, -1:]
+        return enough_NC.to(torch.uint8).argmax(1)
+
+    @classmethod
+    def load(cls, folder: Path) -> Labels:
+        """All chunks that `run_labels` has written.
+
+        Raises:
+            ValueError: there are none, or the run is not finished.
+        """
+        if not (folder / "labels.json").exists():
+            raise ValueError(f"no finished labels in {folder}; run the stage `labels` first")
+        document = json.loads((folder / "labels.json").read_text())
+        chunks = [torch.load(folder / name, weights_only=True) for name in document["chunks"]]
+        return cls(
+            torch.cat([chunk["vectors"] for chunk in chunks]).float(),
+            torch.cat([chunk["scores"] for chunk in chunks]),
+            torch.cat([chunk["images"] for chunk in chunks]),
+            [kind for chunk in chunks for kind in chunk["kinds"]],
+            document["costs"],
+        )
+
+
+@torch.no_grad()
+def label_batch(
+    packed: PackedModel,
+    one: Encoded,
+    configurations: Sequence[Subset],
+    routing: Sequence[str],
+    score: str,
+    processes: Processes,
+) -> tuple[Tensor, list[list[list[float]]]]:
+    """(routing vectors [B, Q, R], scores by configuration, row and segment)."""
+    with processes.autocast():
+        vectors = packed.routing_vectors(one.batch, one.features, configurations, routing)
+    scores = [evaluate(packed, one, subset, score, processes) for subset in configurations]
+    return vectors, scores
+
+
+def run_labels(
+    packed: PackedModel,
+    stream: Stream,
+    encoder: Encoder,
+    folder: Path,
+    processes: Processes,
+    routing: Sequence[str],
+    num_examples: int = 4096,
+    batch_size: int = 32,
+    score: str = "exact",
+    reach: float = 0.99,
+    first_position: int = 0,
+) -> dict[str, Any]:
+    """Run every configuration over a training subset; writes chunks and `labels.json`.
+
+    Args:
+        routing: parts of the routing vector (`visor.router`).
+        reach: share of the costliest configuration's score that a label has to reach.
+        first_position: where in the stream the subset begins.
+    """
+    check_score(score)
+    folder.mkdir(parents=True, exist_ok=True)
+    packed.model.to(processes.device).eval()
+    configurations = [tuple(subset) for subset in packed.visor.config.configurations]
+    if packed.visor.config.router_layer is None:
+        raise ValueError(
+            f"there is nothing to choose between the configurations {configurations}; run the search first"
+        )
+    pad_id = encoder.tokenizer.pad_token_id or 0
+    skipped = Skipped(folder / f"skipped{'' if processes.size == 1 else f'.{processes.rank}'}.jsonl")
+    starts = list(range(0, num_examples, batch_size))
+    for chunk in processes.share(range(len(starts))):
+        path = folder / f"chunk-{chunk:05d}.pt"
+        if path.exists():
+            continue
+        positions = range(starts[chunk], min(starts[chunk] + batch_size, num_examples))
+        rows = read_rows(stream, encoder, [first_position + p for p in positions], skipped)
+        one = encode(packed, rows, pad_id, processes, skipped)
+        if one is None:
+            continue
+        vectors, scores = label_batch(packed, one, configurations, routing, score, processes)
+        nums = [len(row.segments) for row in one.batch.rows]
+        content = {
+            "vectors": torch.cat([vectors[i, :n] for i, n in enumerate(nums)]).to(torch.bfloat16).cpu(),
+            "scores": torch.tensor([[s for row in config for s in row] for config in scores]).T.contiguous(),
+            "images": torch.tensor([starts[chunk] + i for i, n in enumerate(nums) for _ in range(n)]),
+            "kinds": [kind for row in one.batch.rows for kind in row.kinds],
+            "lengths": list(lengths_of(one.batch.rows)),
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+        if processes.is_main and chunk % (10 * processes.size) == 0:
+            print(f"labels: {starts[chunk] + len(positions)} of {num_examples} images", flush=True)
+    processes.wait()
+    if not processes.is_main:
+        return {}
+    chunks = sorted(path.name for path in folder.glob("chunk-*.pt"))
+    if not chunks:
+        raise ValueError(f"no usable example: {skipped.summary()}; see {skipped.path}")
+    lengths = [torch.load(folder / name, weights_only=True)["lengths"] for name in chunks]
+    num_visual, num_text = (round(float(np.mean([one[k] for one in lengths]))) for k in (0, 1))
+    cost = relative_cost(packed, num_visual, num_text)
+    document = {
+        "configurations": [list(subset) for subset in configurations],
+        "costs": [cost(subset) for subset in configurations],
+        "num_visual": num_visual,
+        "num_text": num_text,
+        "score": score,
+        "reach": reach,
+        "chunks": chunks,
+        "skipped": sum(len(path.read_text().splitlines()) for path in folder.glob("skipped*.jsonl")),
+    }
+    write_json(folder / "labels.json", document)
+    labels = Labels.load(folder)
+    document["num_questions"] = len(labels.kinds)
+    document["mean_score"] = [round(value, 4) for value in labels.scores_NC.mean(0).tolist()]
+    chosen = labels.labels_N(reach)
+    document["label_share"] = torch.bincount(chosen, minlength=len(configurations)).div(len(chosen)).tolist()
+    kinds = np.array(labels.kinds)
+    document["label_share_by_kind"] = {
+        kind: np.bincount(chosen.numpy()[kinds == kind], minlength=len(configurations)).tolist()
+        for kind in sorted(set(labels.kinds))
+    }
+    document["score_by_kind"] = {
+        kind: [round(v, 4) for v in labels.scores_NC.numpy()[kinds == kind].mean(0).tolist()]
+        for kind in sorted(set(labels.kinds))
+    }
+    write_json(folder / "labels.json", document)
+    return document

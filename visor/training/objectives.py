@@ -1,0 +1,108 @@
+"""What the stages minimise: VISOR under one configuration a step, or M3's mean over nested scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from visor.training.batch import Batch
+from visor.training.forward import Features, PackedModel, answers_of, pooled
+from visor.training.optimise import Objective, Pass
+
+
+def averaged(batch: Batch, features: Sequence[Features], side: int, pad_id: int) -> tuple[Batch, list[Features]]:
+    """The batch with its token grids averaged to `side` x `side`; the prompt shrinks with them, without a gap."""
+    rows = []
+    for row in batch.rows:
+        first = len(row.prefix) - row.num_visual  # the image tokens end the prefix
+        rows.append(replace(row, prefix=row.prefix[: first + side * side], num_visual=side * side))
+    smaller = Batch.of(rows, pad_id, with_pixels=False)
+    return smaller.to(batch.input_ids_BS.device), [tuple(pooled(level, side) for level in one) for one in features]
+
+
+def check_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
+    """Sides of token grids.
+
+    Raises:
+        ValueError: not a list of different positive integers.
+    """
+    good = [side for side in sides if isinstance(side, int) and not isinstance(side, bool) and side >= 1]
+    if len(good) != len(sides) or len(set(good)) != len(good):
+        raise ValueError(f"{name} must list different sides of token grids, such as [12, 6, 3], got {list(sides)}")
+    return tuple(sides)
+
+
+@dataclass(frozen=True)
+class VisorObjective(Objective):
+    """One configuration a step, drawn from a list; now and then on an averaged token grid (VISOR-TR).
+
+    Args:
+        configurations: SELF subsets to draw from, each as likely as the others. With one, nothing is random.
+        sides: of averaged token grids to draw from, beside the full one.
+        pooled_share: share of the steps that run on one of the `sides`.
+        seed: of the draws.
+    """
+
+    configurations: tuple[tuple[int, ...], ...]
+    sides: tuple[int, ...] = ()
+    pooled_share: float = 0.0
+    seed: int = 0
+    pad_id: int = 0
+    hint_weight: float = 0.0
+
+    def num_passes(self, step: int) -> int:
+        return 1
+
+    def draw(self, step: int) -> tuple[tuple[int, ...], int | None]:
+        """The configuration and the side of a step (None is the full grid); equal on all processes."""
+        rng = np.random.default_rng([self.seed, step, 11])
+        chosen = self.configurations[int(rng.integers(len(self.configurations)))]
+        reduce = bool(self.sides) and rng.random() < self.pooled_share
+        return chosen, self.sides[int(rng.integers(len(self.sides)))] if reduce else None
+
+    def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
+        subset, side = self.draw(step)
+        name = f"{len(subset)} SELF" + (f" side {side}" if side else "")
+        if side is not None:
+            batch, features = averaged(batch, features, side, self.pad_id)
+        yield Pass(name, answers_of(packed.logits(batch, features, subset), batch, self.hint_weight))
+
+
+@dataclass(frozen=True)
+class NestedPooling(Objective):
+    """M3 (Cai et al., Matryoshka Multimodal Models, arXiv 2405.17430): the mean loss over nested scales.
+
+    Every scale averages the same tokens; all of them are run at every step, or `at_once` of them, drawn at random.
+
+    Args:
+        sides: of the token grids, the scales.
+        at_once: scales a step; None is all, as in the paper.
+    """
+
+    sides: tuple[int, ...]
+    at_once: int | None = None
+    seed: int = 0
+    pad_id: int = 0
+    hint_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.at_once is not None and not 1 <= self.at_once <= len(self.sides):
+            raise ValueError(f"at_once must be 1 to {len(self.sides)} (the scales), got {self.at_once!r}")
+
+    def draw(self, step: int) -> list[int]:
+        """The scales of a step."""
+        if self.at_once is None:
+            return list(self.sides)
+        order = np.random.default_rng([self.seed, step, 13]).permutation(len(self.sides))
+        return [self.sides[int(i)] for i in order[: self.at_once]]
+
+    def num_passes(self, step: int) -> int:
+        return len(self.sides) if self.at_once is None else self.at_once
+
+    def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
+        for side in self.draw(step):
+            smaller, some = averaged(batch, features, side, self.pad_id)
+            answers = answers_of(packed.logits(smaller, some, None), smaller, self.hint_weight)
+            yield Pass(f"side {side}", answers)

@@ -1,0 +1,192 @@
+"""From the last stage's model to a shipped one: bf16 safetensors, processor, facts about the training, model card.
+
+    python -m visor.training.publish --run runs/visor-tiny --model runs/visor-tiny/router/model \
+        --out visor/checkpoints/visor-tiny
+    python -m evaluations.run --suite all --models visor-tiny --methods visor --out runs/card
+    python -m visor.training.publish --out visor/checkpoints/visor-tiny --results runs/card/results.json
+
+The first command writes the model with a card that has no accuracy yet, the last one rewrites the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+FACTS = "training_facts.md"  # not .json: facts about training cannot change an answer, and are no part of the hash
+
+
+def publish(run: Path, model: Path, out: Path, base: str) -> Path:
+    """Write the shipped folder.
+
+    Args:
+        run: folder with one folder a stage, in each `done.json`.
+        model: the model folder to ship.
+        base: name of the model that the training began with.
+
+    Raises:
+        ValueError: no finished stage.
+    """
+    import torch
+
+    from visor.training.run import load_model
+
+    stages = stage_facts(run)
+    if not stages:
+        raise ValueError(f"no finished stage in {run}: no folder of it holds a done.json")
+    loaded, processor = load_model(model)
+    loaded = loaded.to(torch.bfloat16)
+    loaded.save_pretrained(out)
+    processor.save_pretrained(out)
+    facts = {
+        "parameters": sum(p.numel() for p in loaded.parameters()),
+        "base": base,
+        "kind": "visor" if loaded.config.model_type == "visor" else "m3",
+        "hardware": platform.machine(),
+        "stages": stages,
+    }
+    if facts["kind"] == "visor":
+        names = ("cross_layers", "self_layers", "configurations", "router", "visual_source", "cross_kernel")
+        facts["config"] = {name: getattr(loaded.config, name) for name in names}
+    else:
+        facts["config"] = {"m3_sides": list(loaded.config.m3_sides)}
+    (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    (out / "README.md").write_text(card(out, None))
+    return out
+
+
+def stage_facts(run: Path) -> list[dict[str, Any]]:
+    """What the finished stages of a run say of themselves, in the order in which they ended."""
+    found = sorted(run.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
+    facts = []
+    for path in found:
+        done = json.loads(path.read_text())
+        done["name"] = path.parent.name
+        log = path.with_name("log.jsonl")
+        if log.exists():
+            last = json.loads(log.read_text().splitlines()[-1])
+            done["last"] = {name: last[name] for name in ("loss", "accuracy", "passes")}
+        facts.append(done)
+    return facts
+
+
+def card(folder: Path, results: Path | None) -> str:
+    """The text of the model card."""
+    facts = json.loads((folder / FACTS).read_text())
+    config, is_visor = facts["config"], facts["kind"] == "visor"
+    trained = [one for one in facts["stages"] if "steps" in one]
+    rows = [
+        f"| {one['name']} | {', '.join(one['trained'])} | {one['steps']:,} | {one['examples']:,} | "
+        f"{one['peak_rate']:g} | {one['seconds'] / 60:.0f} min | {one['last']['loss']:.3f} |"
+        for one in trained
+    ]
+    recipe = "| stage | trained | steps | images | peak rate | time | last loss |\n|---|---|---|---|---|---|---|\n"
+    if is_visor:
+        listed = "\n".join(f"{i}. SELF layers {subset or 'none'}" for i, subset in enumerate(config["configurations"]))
+        what = (
+            f"VISOR (arXiv 2603.23495) on `{facts['base']}`: text reads the image in the CROSS layers "
+            f"{config['cross_layers']}; the visual tokens are reworked in a choice of the SELF slots "
+            f"{config['self_layers']}. Universal: one set of weights serves every configuration (counted from 0):\n\n"
+            f"{listed.replace('0. ', '0. ', 1)}"
+        )
+        use = '`model.generate(**inputs, configuration=0)`, `budget=0.2`, or `policy="router"`.'
+        title, command = "visor", "--methods visor --policies router"
+    else:
+        what = (
+            f"The trained rival of VISOR: `{facts['base']}` fine-tuned with nested average pooling (M3, Matryoshka "
+            f"Multimodal Models, arXiv 2405.17430) over token grids of the sides {config['m3_sides']}."
+        )
+        use = "As any LLaVA; `--methods m3` of `evaluations.run` pools its visual tokens."
+        title, command = "m3", "--methods m3"
+    others = "\n".join(f"* {text}" for one in facts["stages"] if (text := _remark(one)))
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+trained: true
+---
+# {folder.name}
+
+{what}
+
+{facts["parameters"] / 1e6:.1f} M parameters, for 144 x 144 images. It exists so that efficiency methods can be compared
+on a laptop, and knows nothing but the seven small worlds of its base (see that card for what they are).
+
+## Data
+The training splits of its base's worlds, from other seeds; search on validation splits, labels of the router on scenes
+that no stage has trained on. Test splits share no seed, scan or image with any of them.
+
+## Recipe
+`python -m visor.training.chain --target {title}`; {facts["hardware"]} CPU, bfloat16 autocast with float32 attention.
+
+{recipe}{chr(10).join(rows)}
+
+{others}
+
+## Accuracy
+{_accuracy(results, command)}
+
+## Use
+{use}
+"""
+
+
+def _remark(done: dict[str, Any]) -> str:
+    if done["stage"] == "search":
+        return f"search: viable SELF subsets {done['configurations']}"
+    if done["stage"] == "labels":
+        shares = ", ".join(f"{share:.0%}" for share in done["label_share"])
+        return (
+            f"labels: {done['num_questions']:,} questions; each configuration the cheapest that suffices for {shares}"
+        )
+    if done["stage"] == "router":
+        return (
+            f"router, on {done['num_questions']:,} held-out questions: score {done['router']['score']:.3f} at "
+            f"{done['router']['cost']:.1%} of the dense decoder FLOPs; the largest configuration "
+            f"{done['fixed'][-1]['score']:.3f} at {done['fixed'][-1]['cost']:.1%}, the smallest "
+            f"{done['fixed'][0]['score']:.3f} at {done['fixed'][0]['cost']:.1%}"
+        )
+    return ""
+
+
+def _accuracy(results: Path | None, command: str) -> str:
+    if results is None:
+        return "Not measured yet."
+    cells = [cell for cell in json.loads(results.read_text())["cells"] if cell.get("score") is not None]
+    head = "| task (test split) | method | metric | score | 95 % interval | questions |\n|---|---|---|---|---|---|\n"
+    row = "| {task} | {name} | {metric} | {score:.1%} | {score_low:.1%} to {score_high:.1%} | {num_samples} |"
+    lines = [row.format(name=cell.get("setting_id") or cell["method"], **cell) for cell in cells]
+    return f"`python -m evaluations.run --suite all {command}`\n\n{head}" + "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the model, its card, or both; the last line on stdout is one JSON document."""
+    parser = argparse.ArgumentParser(prog="python -m visor.training.publish", description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="folder of the stages; without it only the card is written")
+    parser.add_argument("--model", type=Path, help="model folder to ship; default: that of the last stage")
+    parser.add_argument("--base", default="dense-tiny", help="name of the model that the training began with")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--results", type=Path, help="results.json of an evaluation of this model, for the card")
+    options = parser.parse_args(arguments)
+    try:
+        if options.run is not None:
+            models = [one["model"] for one in stage_facts(options.run) if one["stage"] != "labels"]
+            if not (options.model or models):
+                raise ValueError(f"no finished stage with a model in {options.run}")
+            publish(options.run, options.model or Path(models[-1]), options.out, options.base)
+        if not (options.out / FACTS).is_file():
+            raise ValueError(f"{options.out} was not written by this command (no {FACTS}); give --run")
+        (options.out / "README.md").write_text(card(options.out, options.results))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"model": str(options.out)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
