@@ -157,7 +157,7 @@ def _vision_parts(geometry: ModelGeometry, schedule: Schedule, tiles: int | None
     if reduction is not None and METHODS.get(reduction.method).stage == "inside":
         shorter = METHODS.get(reduction.method)(**dict(reduction.params)).tower_flops(geometry, schedule)
         tower = tower if shorter is None else tiles * shorter
-    if reduces_tower and not vision.packs_tiles:
+    if reduces_tower and not vision.projects_first:
         tokens = min(tokens, schedule.encoder.keep)
     return tower, projector_flops(vision, tokens)
 

@@ -26,7 +26,8 @@ class VisionGeometry:
         num_layers: blocks that run. Hugging Face also runs those behind the feature layer (LLaVA-1.5 reads block 23 of
             24), so they are counted: the figure is what is executed.
         image_size: side of a tile in pixels, or None for towers of dynamic resolution (one tile = one image).
-        projector: matrices (in, out) applied to every visual token; the Qwen-VL merger counts as projector.
+        projector: matrices (in, out) applied to every visual token; the Qwen-VL mergers count as projector, those of
+            DeepStack's levels too.
         num_prefix_tokens: tokens before the patches (CLS).
         prefix_in_output: True if those tokens become visual tokens too (select strategy "full").
         patches_per_token: patches merged into one visual token (pixel shuffle, spatial merge); a square number.
@@ -35,8 +36,8 @@ class VisionGeometry:
         num_full_layers: blocks that see everything where the others are windowed.
         pooling_head: SigLIP's attention pooling head runs (its result is not used by the decoder).
         feature_blocks: blocks that lead to the features; None if all do. Methods inside the tower run only those.
-        packs_tiles: tiles are projected before they are packed into one image (LLaVA-NeXT, LLaVA-OneVision), so that
-            the projector sees every token, whatever a method drops.
+        packs_tiles: an image may be several tiles, whose projected tokens stand in one row (LLaVA-NeXT,
+            LLaVA-OneVision, Idefics3, InternVL).
     """
 
     num_layers: int
@@ -57,6 +58,12 @@ class VisionGeometry:
     pooling_head: bool = False
     packs_tiles: bool = False
     feature_blocks: int | None = None
+
+    @property
+    def projects_first(self) -> bool:
+        """True if methods find projected features only, so that the projector sees every token whatever they drop:
+        tiles are projected before they are packed, and patches are merged by the projector itself."""
+        return self.packs_tiles or self.patches_per_token > 1
 
     def grid_side(self, image_scale: float = 1.0) -> int:
         """Patches along the side of a tile whose image is scaled by `image_scale`.
@@ -193,6 +200,7 @@ VISION_DEFAULTS: dict[str, tuple[int, ...]] = {
     "siglip_vision_model": (12, 768, 3072, 12, 224, 16),
     "idefics3_vision": (12, 1152, 3072, 16, 224, 32),
     "smolvlm_vision": (12, 1152, 3072, 16, 224, 32),
+    "internvl_vision": (24, 1024, 4096, 16, 448, 14),
 }
 # What the outer config class takes when it holds no vision_config at all.
 _OUTER_VISION: dict[str, dict[str, Any]] = {
@@ -204,10 +212,13 @@ _OUTER_VISION: dict[str, dict[str, Any]] = {
     "idefics3": {"model_type": "idefics3_vision"},
     "smolvlm": {"model_type": "smolvlm_vision"},
     "qwen2_5_vl": {"model_type": "qwen2_5_vl_vision"},
+    "qwen3_vl": {"model_type": "qwen3_vl_vision"},
+    "internvl": {"model_type": "internvl_vision"},
 }  # fmt: skip
 _OUTER_VISION["llava_next"] = _OUTER_VISION["llava"]
 _OUTER_TEXT = {"llava": "llama", "llava_next": "llama", "llava_onevision": "qwen2", "idefics3": "llama",
-               "smolvlm": "llama", "qwen2_5_vl": "qwen2_5_vl_text"}  # fmt: skip
+               "smolvlm": "llama", "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text",
+               "internvl": "qwen2"}  # fmt: skip
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -247,6 +258,17 @@ def _feature_blocks(layer: Any, num_layers: int) -> int | None:
 
 def _vision_from_config(config: Mapping[str, Any], family: str, text_width: int) -> VisionGeometry:
     tower = dict(config.get("vision_config") or _OUTER_VISION[family])
+    if family == "qwen3_vl":
+        width, merge = int(tower.get("hidden_size", 1152)), int(tower.get("spatial_merge_size", 2))
+        depth, merged = int(tower.get("depth", 27)), width * merge**2
+        levels = [i for i in tower.get("deepstack_visual_indexes", (8, 16, 24)) if i < depth]
+        merger = ((merged, merged), (merged, int(tower.get("out_hidden_size", 3584))))
+        return VisionGeometry(
+            depth, width, int(tower.get("intermediate_size", 4304)), int(tower.get("num_heads", 16)),
+            _integer(tower.get("patch_size", 16)), None, projector=merger * (1 + len(levels)),
+            num_channels=int(tower.get("in_channels", 3)), num_frames=_integer(tower.get("temporal_patch_size", 2)),
+            patches_per_token=merge**2,
+        )  # fmt: skip
     if family == "qwen2_5_vl":
         width, merge = int(tower.get("hidden_size", 3584)), int(tower.get("spatial_merge_size", 2))
         patch, depth = _integer(tower.get("patch_size", 14)), int(tower.get("depth", 32))
@@ -270,8 +292,15 @@ def _vision_from_config(config: Mapping[str, Any], family: str, text_width: int)
     if family in ("idefics3", "smolvlm"):
         merge = int(config.get("scale_factor", 2)) ** 2
         return VisionGeometry(layers, width, mlp, heads, patch, image, ((width * merge, text_width),), channels,
-                              patches_per_token=merge)  # fmt: skip
+                              patches_per_token=merge, packs_tiles=True)  # fmt: skip
     strategy = config.get("vision_feature_select_strategy", "full" if family == "llava_onevision" else "default")
+    if family == "internvl":
+        merge = round(1 / float(config.get("downsample_ratio", 0.5))) ** 2
+        projector = ((width * merge, text_width), (text_width, text_width))
+        if strategy != "default":
+            raise ValueError(f"{where}: vision_feature_select_strategy {strategy!r} leaves the CLS in pixel shuffle")
+        return VisionGeometry(layers, width, mlp, heads, patch, image, projector, channels, num_prefix_tokens=1,
+                              patches_per_token=merge, packs_tiles=True)  # fmt: skip
     if strategy == "default" and not is_clip:
         raise ValueError(
             f"{where}: vision_feature_select_strategy 'default' cuts the first patch of a tower without CLS"
@@ -360,8 +389,21 @@ def _qwen2_5_vl(
     return ModelGeometry(name, layers, width, mlp, heads, kv_heads, 128, vocabulary, vision)
 
 
+def _qwen3_vl(name: str, decoder: tuple[int, ...], tower: tuple[int, int, int]) -> ModelGeometry:
+    layers, width, mlp = tower
+    merger = ((width * 4, width * 4), (width * 4, decoder[1]))
+    vision = VisionGeometry(layers, width, mlp, 16, 16, None, merger * 4, num_frames=2, patches_per_token=4)
+    return ModelGeometry(name, *decoder, 128, 151936, vision)
+
+
 def _smolvlm(name: str, decoder: tuple[int, ...], vision: VisionGeometry) -> ModelGeometry:
-    return ModelGeometry(name, *decoder, vision)
+    return ModelGeometry(name, *decoder, replace(vision, packs_tiles=True))
+
+
+def _internvl3(name: str, layers: int, width: int, mlp: int, heads: int, kv_heads: int) -> ModelGeometry:
+    vision = VisionGeometry(24, 1024, 4096, 16, 14, 448, ((4096, width), (width, width)), num_prefix_tokens=1,
+                            patches_per_token=4, packs_tiles=True)  # fmt: skip
+    return ModelGeometry(name, layers, width, mlp, heads, kv_heads, width // heads, 151674, vision)
 
 
 PRESETS: dict[str, ModelGeometry] = {
@@ -375,8 +417,15 @@ PRESETS: dict[str, ModelGeometry] = {
         _onevision("llava-onevision-72b", 80, 8192, 29568, 64, 8, 152128),
         _qwen2_5_vl("qwen2.5-vl-3b", 36, 2048, 11008, 16, 2, 151936),
         _qwen2_5_vl("qwen2.5-vl-7b", 28, 3584, 18944, 28, 4, 152064),
+        _qwen3_vl("qwen3-vl-2b", (28, 2048, 6144, 16, 8), (24, 1024, 4096)),
+        _qwen3_vl("qwen3-vl-4b", (36, 2560, 9728, 32, 8), (24, 1024, 4096)),
+        _qwen3_vl("qwen3-vl-8b", (36, 4096, 12288, 32, 8), (27, 1152, 4304)),
+        _internvl3("internvl3-1b", 24, 896, 4864, 14, 2),
+        _internvl3("internvl3-8b", 28, 3584, 18944, 28, 4),
         _smolvlm("smolvlm-256m", (30, 576, 1536, 9, 3, 64, 49280),
                  VisionGeometry(12, 768, 3072, 12, 16, 512, ((768 * 16, 576),), patches_per_token=16)),
+        _smolvlm("smolvlm-500m", (32, 960, 2560, 15, 5, 64, 49280),
+                 VisionGeometry(12, 768, 3072, 12, 16, 512, ((768 * 16, 960),), patches_per_token=16)),
         _smolvlm("smolvlm-2.2b", (24, 2048, 8192, 32, 32, 64, 49155),
                  VisionGeometry(27, 1152, 4304, 16, 14, 384, ((1152 * 9, 2048),), patches_per_token=9)),
     )

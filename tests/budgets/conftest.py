@@ -76,6 +76,20 @@ def configs() -> dict[str, Callable]:
             vision_config={"depth": 3, "hidden_size": 32, "intermediate_size": 72, "num_heads": 4,
                            "out_hidden_size": 64, "window_size": 56, "fullatt_block_indexes": [1]},
         ),
+        "tiny-llava-next": lambda: hf.LlavaNextConfig(vision_config=clip(), text_config=text("llama")),
+        "tiny-idefics3": lambda: hf.Idefics3Config(
+            vision_config=clip(model_type="idefics3_vision"), text_config=text("llama"), scale_factor=2
+        ),
+        "tiny-internvl": lambda: hf.InternVLConfig(
+            vision_config=clip(model_type="internvl_vision", image_size=[56, 56], patch_size=[14, 14]),
+            text_config=text("qwen2"),
+        ),
+        "tiny-qwen3-vl": lambda: hf.Qwen3VLConfig(
+            text_config=text("qwen3_vl_text", head_dim=16, bos_token_id=1, eos_token_id=2,
+                             rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+            vision_config={"depth": 3, "hidden_size": 32, "intermediate_size": 72, "num_heads": 4,
+                           "out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+        ),
         "llava-1.5-7b": lambda: hf.LlavaConfig(vision_config=clip_large, text_config=vicuna),
         "llava-1.5-13b": lambda: hf.LlavaConfig(
             vision_config=clip_large,
@@ -99,6 +113,24 @@ def configs() -> dict[str, Callable]:
                          "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
                          "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
             vision_config={"hidden_size": 1280, "out_hidden_size": 2048},
+        ),
+        "qwen3-vl-4b": lambda: hf.Qwen3VLConfig(
+            text_config={"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+                         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+                         "rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20]}},
+            vision_config={"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560,
+                           "deepstack_visual_indexes": [5, 11, 17]},
+        ),
+        "internvl3-1b": lambda: hf.InternVLConfig(
+            text_config={"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                         "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151674},
+        ),
+        "smolvlm-500m": lambda: hf.Idefics3Config(
+            vision_config={"model_type": "idefics3_vision", "hidden_size": 768, "image_size": 512,
+                           "num_attention_heads": 12, "patch_size": 16},
+            text_config={"model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
+                         "num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64, "vocab_size": 49280},
+            scale_factor=4,
         ),
         "smolvlm-256m": lambda: hf.Idefics3Config(
             vision_config={"model_type": "idefics3_vision", "hidden_size": 768, "image_size": 512,

@@ -9,8 +9,9 @@ from budgets.costs import price, projector_flops, tower_flops
 from budgets.geometry import from_config, preset
 from budgets.schedule import LayerMode, LayerOp, Reduction, Schedule, dense
 
-TINY = ["tiny-llava", "tiny-llava-qwen2", "tiny-llava-full", "tiny-onevision", "tiny-smolvlm", "tiny-qwen2.5-vl"]
-REAL = ["llava-1.5-7b", "llava-onevision-0.5b", "qwen2.5-vl-3b", "smolvlm-256m"]
+TINY = ["tiny-llava", "tiny-llava-qwen2", "tiny-llava-full", "tiny-onevision", "tiny-smolvlm", "tiny-qwen2.5-vl",
+        "tiny-llava-next", "tiny-idefics3", "tiny-internvl", "tiny-qwen3-vl"]  # fmt: skip
+REAL = ["llava-1.5-7b", "llava-onevision-0.5b", "qwen2.5-vl-3b", "smolvlm-256m", "qwen3-vl-4b", "internvl3-1b"]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,11 @@ def run_tower(model, geometry, side_patches):
         grid = torch.tensor([[1, side_patches, side_patches]])
         width = vision.num_channels * vision.num_frames * vision.patch_size**2
         patches = torch.empty(side_patches**2, width, device="meta")
-        positions = torch.empty(side_patches**2, 2, dtype=torch.long, device="meta")
-        return lambda: inner.visual(patches, grid_thw=grid, position_ids=positions)
+        places = {"position_ids": torch.empty(side_patches**2, 2, dtype=torch.long, device="meta")}
+        if model.config.model_type == "qwen3_vl":  # looked up on the host otherwise
+            places["interp_indices"] = torch.empty(side_patches**2, 4, dtype=torch.long, device="meta")
+            places["interp_weights"] = torch.empty(side_patches**2, 4, device="meta")
+        return lambda: inner.visual(patches, grid_thw=grid, **places)
     pixels = torch.empty(1, vision.num_channels, side, side, device="meta")
     if hasattr(inner, "connector"):
         mask = torch.ones(1, side_patches, side_patches, dtype=torch.bool, device="meta")
@@ -85,6 +89,8 @@ def run_tower(model, geometry, side_patches):
             inner.connector(hidden.contiguous())
 
         return parts
+    if model.config.model_type == "internvl":
+        return lambda: model.get_image_features(pixels, return_dict=True)
     cut = vision.num_prefix_tokens if not vision.prefix_in_output else 0
 
     def features():

@@ -12,7 +12,7 @@ from budgets.registry import UnknownNameError
 @pytest.mark.parametrize(
     "name",
     ["llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-onevision-0.5b", "llava-onevision-7b", "qwen2.5-vl-3b",
-     "smolvlm-256m", "smolvlm-2.2b"],
+     "qwen3-vl-4b", "internvl3-1b", "smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b"],
 )  # fmt: skip
 def test_presets_are_the_published_configs(configs, name):
     assert from_config(configs[name](), name=name) == preset(name)
@@ -32,9 +32,9 @@ def test_defaults_are_those_of_transformers():
         ), kind  # fmt: skip
     for kind, defaults in VISION_DEFAULTS.items():
         config = AutoConfig.for_model(kind)
+        sides = [side[0] if isinstance(side, tuple) else side for side in (config.image_size, config.patch_size)]
         assert defaults == (
-            config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
-            config.image_size, config.patch_size,
+            config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads, *sides,
         ), kind  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_text_only_models_have_no_tower():
 @pytest.mark.parametrize("name", PRESETS)
 def test_tokens_per_tile(name):
     vision = preset(name).vision
-    expected = {"llava-1": 576, "llava-n": 576, "llava-o": 729, "smolvlm-256m": 64, "smolvlm-2.2b": 81}
+    expected = {"llava-1": 576, "llava-n": 576, "llava-o": 729, "smolvlm-2.2b": 81, "smolvlm": 64, "internvl3": 256}
     if vision.image_size is None:
         with pytest.raises(ValueError, match="dynamic resolution"):
             _ = vision.visual_tokens_per_tile
