@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import initialization
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -31,10 +32,27 @@ __all__ = [
     "merge_with_config_defaults",
     "register_recordable",
     "rotated_heads",
+    "start_weights",
     "uses_sliding_window",
     "vision_rotated",
     "vision_window_index",
 ]
+
+
+def start_weights(module: nn.Module) -> bool:
+    """Give a Linear or convolution that says how (`initial_std`) its first weights; False if it does not say.
+
+    What a checkpoint has given is left alone: transformers' own functions can tell. It starts layers one by one and
+    calls no block of them, so each layer must say it.
+    """
+    std = getattr(module, "initial_std", None)
+    if std is None:
+        return False
+    with torch.no_grad():
+        initialization.normal_(module.weight, 0.0, std) if std else initialization.zeros_(module.weight)
+        if module.bias is not None:
+            initialization.zeros_(module.bias)
+    return True
 
 
 def register_recordable(cls: type) -> None:

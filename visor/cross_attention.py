@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visor.attention import cross_attention
-from visor.compat import GradientCheckpointingLayer, initialization
+from visor.compat import GradientCheckpointingLayer, start_weights
 
 
 class CrossAttentionBlock(GradientCheckpointingLayer):
@@ -40,18 +40,12 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         self.k_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, width, bias=False)
-        self.std = getattr(config, "initializer_range", 0.02)
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """New weights, except where a checkpoint has given some (which transformers' own functions can tell)."""
+        std = getattr(config, "initializer_range", 0.02)
         for module in (self.q_proj, self.k_proj, self.v_proj, self.position_conv):
-            initialization.normal_(module.weight, 0.0, self.std)
-        initialization.zeros_(self.position_conv.bias)
-        initialization.zeros_(self.o_proj.weight)
-        for norm in (self.text_norm, self.visual_norm):
-            initialization.ones_(norm.weight)
+            module.initial_std = std
+        self.o_proj.initial_std = 0.0
+        for module in self.children():
+            start_weights(module)
 
     def keys_values(self, visual_BVD: Tensor, valid_BV: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values [B, G, V, d] of the visual tokens. They are constant while decoding."""

@@ -30,6 +30,7 @@ from visor.compat import (
     causal_mask,
     merge_with_config_defaults,
     register_recordable,
+    start_weights,
 )
 from visor.context import LayerContext
 from visor.cross_attention import CrossAttentionBlock
@@ -73,10 +74,7 @@ class ElasticDecoder:
         return {} if self._record is None else self._record.by_layer()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers starts every Linear alike; a block's output projection starts at zero.
-        if isinstance(module, CrossAttentionBlock):
-            module.initialise()
-        else:
+        if not start_weights(module):
             super()._init_weights(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:

@@ -115,14 +115,22 @@ class LoadedModel:
         checkpoint.verify_weights(folder)
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        try:
+            model, loading = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"{folder}: its weights are of another base model than its config.json describes (their sizes differ; "
+                f"the lines above name them): put back the config.json that the weights were saved with ({error})"
+            ) from error
         if loading["missing_keys"]:
             # transformers would go on with random weights in their place.
             names = ", ".join(sorted(loading["missing_keys"])[:5])

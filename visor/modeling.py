@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from budgets.geometry import ModelGeometry, from_config
 from budgets.schedule import Schedule
+from visor.compat import start_weights
 from visor.configuration import ROUTER_INPUTS, VisorConfig
 from visor.decoder import install, running
 from visor.families.base import FamilyAdapter, adapter_for
@@ -119,9 +120,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.router = router.to(weight.device, weight.dtype)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Router):
-            module.initialise()
-        else:
+        if not start_weights(module):
             super()._init_weights(module)
 
     # --- parts, as transformers asks for them ---------------------------------------------------------------------
@@ -238,7 +237,8 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> RouterOutput:
         """What the router says about each sample."""
-        return RouterOutput(self.router(self.routing_vectors(input_ids, attention_mask, **inputs)))
+        vectors = self.routing_vectors(input_ids, attention_mask, **inputs)
+        return RouterOutput(self.router(vectors))
 
     # --- running --------------------------------------------------------------------------------------------------
 
@@ -277,7 +277,8 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             yield None
             return
         router = self.router if self.config.router is not None else None
-        selection = select(self.config, lambda: self._geometry, router, request, *self._lengths(inputs))
+        geometry = self._geometry if request.needs_prices else None
+        selection = select(self.config, geometry, router, request, *self._lengths(inputs))
         with running(self.base, selection.schedules, choose=selection.choose, segments=segments):
             yield selection
 
@@ -332,7 +333,8 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             result.loss = total / (labelled_BP.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
             if only_labels:
                 result.logits = logits_AW
-        if not only_labels and (result.loss is None or not self.training):
+        nobody_asks = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.training
+        if not only_labels and not (nobody_asks and result.loss is not None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = head(hidden_BPD[:, kept])
         return result.to_tuple() if return_dict is False else result

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from visor.compat import initialization
+from visor.compat import start_weights
 from visor.streams import PromptStreams, TokenStream, take
 
 
@@ -69,17 +69,10 @@ class Router(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in inputs)
         self.hidden = nn.Linear(width * len(inputs), hidden_size)
         self.head = nn.Linear(hidden_size, num_configurations)
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """New weights, except where a checkpoint has given some. The head starts at zero: nothing is known yet."""
-        initialization.normal_(self.hidden.weight, 0.0, self.hidden.in_features**-0.5)
-        for weight in (self.hidden.bias, self.head.weight, self.head.bias):
-            initialization.zeros_(weight)
-        for norm in self.norms:
-            initialization.ones_(norm.weight)
-            initialization.zeros_(norm.bias)
+        # The head starts at zero: nothing is known yet.
+        self.hidden.initial_std, self.head.initial_std = self.hidden.in_features**-0.5, 0.0
+        for module in (self.hidden, self.head):
+            start_weights(module)
 
     def vector(self, streams: PromptStreams) -> Tensor:
         """The routing vector [B, R] of a batch between two layers."""

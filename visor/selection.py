@@ -5,7 +5,7 @@ Shapes: B batch, C configurations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -59,6 +59,11 @@ class Request:
             raise ValueError('cost_weight belongs to policy="router"')
 
     @property
+    def needs_prices(self) -> bool:
+        """True if what is chosen depends on what it costs."""
+        return self.budget is not None or self.cost_weight is not None
+
+    @property
     def is_empty(self) -> bool:
         return self == Request()
 
@@ -106,7 +111,7 @@ def relative_costs(config: VisorConfig, geometry: ModelGeometry, num_visual: int
 
 def select(
     config: VisorConfig,
-    geometry: Callable[[], ModelGeometry],
+    geometry: ModelGeometry | None,
     router: Router | None,
     request: Request,
     num_visual: Sequence[int],
@@ -115,7 +120,7 @@ def select(
     """What a batch is to run.
 
     Args:
-        geometry: the model's; asked for only where a price is needed, which not all families have.
+        geometry: the model's; may be None where `request.needs_prices` is not set: not all families have prices.
         num_visual, num_text: tokens of each sample as they enter the decoder.
 
     Raises:
@@ -127,10 +132,10 @@ def select(
             raise ValueError("this model has no router; train one (visor.training), or give configuration= or budget=")
         if config.router_layer is None:
             return _fixed(config, [0], num_visual)
-        return _routed(config, None if request.cost_weight is None else geometry(), router, request.cost_weight)
+        return _routed(config, geometry, router, request.cost_weight)
     if request.budget is not None:
         rows = zip(num_visual, num_text, strict=True)
-        return _fixed(config, [_within(config, geometry(), request.budget, *row) for row in rows], num_visual)
+        return _fixed(config, [_within(config, geometry, request.budget, *row) for row in rows], num_visual)
     wanted = config.default_configuration if request.configuration is None else request.configuration
     if isinstance(wanted, Tensor):
         wanted = wanted.tolist()
@@ -169,6 +174,9 @@ def _routed(
     selection = Selection([schedule_of(config, i, 0) for i in range(len(config.configurations))])
 
     def choose(streams: PromptStreams) -> list[int]:
+        if len(selection.chosen) == len(streams.num_visual):
+            # Generation without a cache runs the prompt again, with more text behind it: the choice stands.
+            return selection.chosen
         with torch.no_grad():
             selection.router = RouterOutput(router(router.vector(streams)))
         costs = None

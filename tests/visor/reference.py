@@ -37,7 +37,11 @@ def _cross_attention(block: nn.Module, text: Tensor, visual: Tensor) -> Tensor:
     visual = (
         visual
         + torch.nn.functional.conv1d(
-            visual.T, block.position_conv.weight, block.position_conv.bias, padding=3, groups=visual.shape[1]
+            visual.T,
+            block.position_conv.weight,
+            block.position_conv.bias,
+            padding=block.position_conv.padding[0],
+            groups=visual.shape[1],
         ).T
     )
     visual = block.visual_norm(visual)
@@ -64,7 +68,8 @@ def run_one(
     """
     decoder, n = model.get_decoder(), len(hidden)
     alive, order = torch.ones(n, dtype=torch.bool), torch.arange(n)
-    weights = {}
+    weights, entered = {}, hidden
+    reads_initial = getattr(decoder, "visual_source", "latest") == "initial"
     for i, op in enumerate(schedule.layers):
         layer = decoder.layers[i]
         if op.reduce:
@@ -79,7 +84,8 @@ def run_one(
         ids = order if op.mode is LayerMode.SELF else order[~visual]
         if op.mode is LayerMode.CROSS and (visual & alive).any():
             block = decoder.cross_blocks[str(i)]
-            hidden = hidden.index_put((ids,), _cross_attention(block, hidden[ids], hidden[visual & alive]))
+            read = (entered if reads_initial else hidden)[visual & alive]
+            hidden = hidden.index_put((ids,), _cross_attention(block, hidden[ids], read))
         allowed = (ids[None] <= ids[:, None]) & alive[ids][None]
         hook = layer.self_attn.register_forward_hook(lambda module, args, output: weights.update(last=output[1]))
         output = layer(
