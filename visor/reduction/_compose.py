@@ -71,6 +71,8 @@ class Composite(Method):
         left = before.decoder_visual if before else num_visual
         inner = parts["decoder"].schedule(geometry, left) if "decoder" in parts else None
         modes = parts["modes"].schedule(geometry, left) if "modes" in parts else None
+        if modes is not None and modes.encoder is not None:
+            raise ValueError(f"{self.title}: {parts['modes'].title} already reduces the tokens before the decoder")
         ops = [LayerOp()] * geometry.num_layers if modes is None else list(modes.layers)
         for layer, op in enumerate(inner.layers if inner else ()):
             if op.reduce is not None:

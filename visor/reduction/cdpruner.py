@@ -5,7 +5,8 @@ Cholesky factor. rel is text relevance, min-max normalised to (0, 1] in each ima
 tower that belongs to the vision tower (as the negated mean CLIP similarity); the Hugging Face checkpoints of all our
 families ship without one, so relevance is an option, and every record's parameters say which it was:
 "text-embeddings", the mean cosine to the embeddings of the prompt's text as they enter the decoder (template included),
-or "none", rel = 1. Output in the order of the image.
+or "none", rel = 1. Output in the order of the image. A token of which the chosen ones leave less than `SPANNED` of its
+squared length counts as that much: beyond the kernel's rank relevance decides, not rounding.
 
 Shapes: B samples, N visual tokens, T kept ones, W text tokens, D decoder width.
 """
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from budgets.geometry import ModelGeometry
     from visor.vision import ReducedFeatures, VisionFeatures
+
+SPANNED = 1e-4
 
 
 @METHODS.register("cdpruner")
@@ -96,7 +99,8 @@ def greedy_map(kernel_BNN: torch.Tensor, num_kept: int) -> torch.Tensor:
     batch, num_tokens, _ = kernel_BNN.shape
     rows_B = torch.arange(batch, device=kernel_BNN.device)
     factor_BTN = kernel_BNN.new_zeros(batch, num_kept, num_tokens)
-    gain_BN = kernel_BNN.diagonal(dim1=1, dim2=2).clone()  # what each token would multiply the determinant by
+    gain_BN = kernel_BNN.diagonal(dim1=1, dim2=2).clamp(min=1e-12)  # what each would multiply the determinant by
+    least_BN = gain_BN * SPANNED
     picks = []
     for step in range(num_kept):
         pick_B = gain_BN.argmax(1)
@@ -107,8 +111,8 @@ def greedy_map(kernel_BNN: torch.Tensor, num_kept: int) -> torch.Tensor:
         if step:
             known_B1s = factor_BTN[rows_B, :step, pick_B][:, None]
             row_BN = row_BN - (known_B1s @ factor_BTN[:, :step])[:, 0]
-        # Beyond the rank of the kernel nothing is gained; the bound keeps what is left finite.
-        row_BN = row_BN / gain_BN[rows_B, pick_B].clamp(min=1e-10).sqrt()[:, None]
+        row_BN = row_BN / gain_BN[rows_B, pick_B].sqrt()[:, None]
         factor_BTN[:, step] = row_BN
-        gain_BN = (gain_BN - row_BN.square()).scatter(1, pick_B[:, None], -torch.inf)
+        least_BN = least_BN.scatter(1, pick_B[:, None], -torch.inf)
+        gain_BN = torch.maximum(gain_BN - row_BN.square(), least_BN).scatter(1, pick_B[:, None], -torch.inf)
     return torch.stack(picks, dim=1)

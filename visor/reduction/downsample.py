@@ -33,7 +33,7 @@ class Downsample(Method):
         if geometry.vision is not None and geometry.vision.packs_tiles:
             raise ValueError(
                 f"{self.title}: {geometry.name} cuts an image into tiles by its size, so a smaller image is cut in "
-                "another way and its number of tokens does not follow from the full one's; give the model smaller images"
+                "another way, and its tokens do not follow from the full one's; give the model smaller images"
             )
         return square_side(self.title, num_visual)
 

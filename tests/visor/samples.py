@@ -1,0 +1,34 @@
+"""Prepared samples of any family's tiny model, without a processor."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+from tiny_models import make_model, make_prompt, visual_counts
+
+from visor.inference import LoadedModel
+from visor.prompt import PreparedSample
+
+NUM_LAYERS = 4  # the fewest in which every in-decoder method finds its stages
+NO_PROCESSOR = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: str(ids)))
+
+
+@functools.cache
+def loaded(family: str, attention: str = "sdpa") -> LoadedModel:
+    """Shared by tests: none of them changes it, which is part of what they show."""
+    return LoadedModel(make_model(family, attention, NUM_LAYERS), NO_PROCESSOR, name=family)
+
+
+@functools.cache
+def samples(family: str, count: int = 8) -> list[PreparedSample]:
+    """Samples of different images, and texts of different lengths; the families decide how many visual tokens."""
+    model = loaded(family)
+    prompt = make_prompt(model.model, count)
+    fields = {name: prompt[name] for name in (*model.adapter.image_fields, "image_sizes") if name in prompt}
+    images = model.adapter.split_images(fields, count)
+    prepared = []
+    for row, (num_visual, image) in enumerate(zip(visual_counts(prompt), images, strict=True)):
+        ids = prompt["input_ids"][row][prompt["attention_mask"][row].bool()].tolist()
+        prepared.append(PreparedSample(tuple(ids), len(ids) - num_visual, num_visual, image, f"{family} {row}"))
+    return prepared
