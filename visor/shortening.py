@@ -9,7 +9,7 @@ Shapes: B batch, P prompt length, N visual tokens of an image, K of them that st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from budgets.geometry import ModelGeometry
 from budgets.registry import METHODS
 from visor.families.base import FamilyAdapter
 from visor.method import Method
+from visor.prompt import pixel_hash
 from visor.vision import VisionFeatures, encode_images, project
 
 FILLS = {"attention_mask": 0, "labels": -100, "shift_labels": -100, "segment_ids": -1, "position_ids": 0}
@@ -129,7 +130,10 @@ def _reduced_images(
     schedules = [method.schedule(geometry, count) for count in counts]
     scales = {schedule.image_scale for schedule in schedules}
     assert len(scales) == 1, "a scale follows from the method's options alone"
-    keys = [str(index) for index in range(len(counts))]
+    # What draws at random draws by the image, whatever the batch; hashing waits for the device, so others do not.
+    draws = any(field.name == "seed" for field in fields(method))
+    cpu = lambda image: {name: value.cpu() for name, value in image.items()}
+    keys = [pixel_hash(cpu(image)) if draws else str(index) for index, image in enumerate(pixels)]
     rows = encode_images(adapter, pixels, keys, method.taps, scales.pop())
     features = []
     for row, schedule, count in zip(rows, schedules, counts, strict=True):
