@@ -352,7 +352,8 @@ def _of_method(
         has_dial = any(len(method.settings(geometry, each.num_visual)) > 1 for each in lengths)
     except ValueError:
         has_dial = True  # what is wrong comes up, with its reason, when the settings are fitted
-    return [Setting(name, method, budget) for budget in config.budgets] if has_dial else [Setting(name, method)]
+    own = [] if has_dial and not method.adaptive else [Setting(name, method)]  # adaptive: also as the authors have it
+    return [Setting(name, method, budget) for budget in config.budgets if has_dial] + own
 
 
 def _of_family(setting: Setting, config: RunConfig) -> list[Setting]:

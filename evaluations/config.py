@@ -143,6 +143,9 @@ class RunConfig:
         **rest: Any,
     ) -> RunConfig:
         """A configuration that takes from the suite what is not given. Any task may be named, of the suite or not."""
+        everything = methods == ["all"]  # what of it cannot be run or reaches no budget is left out, and said to be
+        if everything:
+            methods = sorted(METHODS.names(), key=lambda name: (name != "dense", name))
         of_suite = {task.name: task for task in suite.tasks}
         chosen = [of_suite.get(name, SuiteTask(name)) for name in tasks] if tasks is not None else list(suite.tasks)
         if limit is not None and limit >= 1:
@@ -152,8 +155,8 @@ class RunConfig:
             tasks=tuple(chosen),
             methods=tuple(suite.methods if methods is None else methods),
             budgets=tuple(sorted(set(suite.budgets if budgets is None else budgets), reverse=True)),
-            methods_asked=methods is not None,
-            budgets_asked=budgets is not None,
+            methods_asked=methods is not None and not everything,
+            budgets_asked=budgets is not None and not everything,
             policies=tuple(DEFAULT_POLICIES if policies is None else policies),
             policies_asked=policies is not None,
             cost_weights=tuple(sorted(set(COST_WEIGHTS if cost_weights is None else cost_weights))),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from budgets.registry import METHODS
+from budgets.registry import METHODS, parts_of
 from visor.checkpoint import embedded_names
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def checkpoint_for(method: str, config: RunConfig) -> str:
     """Name of the checkpoint that a method runs on; "" is the base of the run."""
     named = dict(config.checkpoints)
-    for part in method.split("+"):
+    for part in parts_of(method):
         cls = METHODS.get(part)
-        stem = "visor" if cls.changes_modes else part  # VISOR-TR is VISOR's weights on fewer tokens
+        stem = "visor" if cls.changes_modes and cls.trained else part  # VISOR-TR is VISOR's weights on fewer tokens
         if part in named or stem in named:
             return named.get(part) or named[stem]
         candidate = re.sub(r"^dense(?=-|$)", stem, config.model)

@@ -65,7 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--suite", default="smoke", help=f"{', '.join(suite_names())}, or a .yaml file (default: %(default)s)")
     add("--tasks", type=names, metavar="A,B", help="tasks to run (default: the suite's)")
-    add("--methods", type=names, metavar="A,B", help="methods to compare (default: the suite's)")
+    add("--methods", type=names, metavar="A,B",
+        help="methods to compare, `a+b` for two at once, or all (default: the suite's)")  # fmt: skip
     add("--budgets", type=numbers, metavar="X,Y",
         help="decoder prefill FLOPs relative to dense, in (0, 1] (default: the suite's)")  # fmt: skip
     add("--model", default="dense-tiny", help="shipped model, folder, or owner/name of the Hub (default: %(default)s)")
