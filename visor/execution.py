@@ -39,6 +39,7 @@ class Run:
         methods: by layer, the method whose reduction stands before it.
         unmodified: True if the family's own forward must run (a dense schedule on sliding-window layers).
         keep_masks, visual_BP, segment_BP, choose, stop: see `visor.decoder.running`.
+        unpadded: the layout that `visual_BP` stands for where nothing is padding.
     """
 
     schedules: tuple[Schedule, ...]
@@ -49,6 +50,12 @@ class Run:
     segment_BP: Tensor | None = None
     choose: Choose | None = None
     stop: bool = False
+    unpadded: PromptLayout | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        # Here and not in the forward: counts are values of tensors, which torch.compile cannot ask for.
+        if self.visual_BP is not None:
+            object.__setattr__(self, "unpadded", PromptLayout.of(self.visual_BP, None))
 
     @classmethod
     def unscheduled(cls, num_layers: int) -> Run:
@@ -117,10 +124,12 @@ class Run:
         """The prompt's layout: what the caller of `running` gave, else what was noted from input_ids, else all text."""
         if noted is not None and self.visual_BP is None:
             return noted
+        if self.visual_BP is None and attention_mask is None:
+            return PromptLayout.of_text(*shape)
         visual_BP = torch.zeros(*shape, dtype=torch.bool) if self.visual_BP is None else self.visual_BP
         if visual_BP.shape != tuple(shape):
             raise ValueError(f"visual must have the prompt's shape {tuple(shape)}, got {tuple(visual_BP.shape)}")
-        return PromptLayout.of(visual_BP, attention_mask)
+        return self.unpadded if attention_mask is None else PromptLayout.of(visual_BP, attention_mask)
 
     def rows(self, layout: PromptLayout) -> list[Schedule]:
         """One schedule a row. Beam search repeats each sample, next to itself.
@@ -164,8 +173,7 @@ class Run:
         """How many first tokens of the prompt decide what the cache holds: all that methods' scores have looked at."""
         if set(self.methods) - set(self.keep_masks or ()):
             return layout.visual_BP.shape[1]
-        columns = layout.visual_BP.any(0).nonzero().flatten().tolist()
-        return columns[-1] + 1 if columns else 0
+        return layout.end_visual
 
     def forced_keep(self, layer: int, layout: PromptLayout, counts: Sequence[int]) -> Tensor | None:
         """The visual tokens that `keep_masks` fixes before a layer, a mask [B, P] on the host, or None."""

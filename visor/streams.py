@@ -56,18 +56,15 @@ class PromptLayout:
     Args:
         visual_BP: visual tokens; none of them is padding.
         valid_BP: real tokens, or None if there is no padding.
+        num_visual, num_text: real tokens of each row.
+        end_visual: number of columns up to the last visual token of any row.
     """
 
     visual_BP: Tensor
     valid_BP: Tensor | None
-    num_visual: tuple[int, ...] = field(init=False)
-    num_text: tuple[int, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        num_visual = self.visual_BP.sum(1).tolist()
-        real = [self.visual_BP.shape[1]] * len(num_visual) if self.valid_BP is None else self.valid_BP.sum(1).tolist()
-        object.__setattr__(self, "num_visual", tuple(num_visual))
-        object.__setattr__(self, "num_text", tuple(r - v for r, v in zip(real, num_visual, strict=True)))
+    num_visual: tuple[int, ...]
+    num_text: tuple[int, ...]
+    end_visual: int
 
     @classmethod
     def of(cls, visual_BP: Tensor, attention_mask_BP: Tensor | None) -> PromptLayout:
@@ -75,8 +72,18 @@ class PromptLayout:
         visual_BP = visual_BP.to("cpu", torch.bool)
         valid_BP = None if attention_mask_BP is None else attention_mask_BP.to("cpu", torch.bool)
         if valid_BP is None or bool(valid_BP.all()):
-            return cls(visual_BP, None)
-        return cls(visual_BP & valid_BP, valid_BP)
+            valid_BP, num_real = None, [visual_BP.shape[1]] * len(visual_BP)
+        else:
+            visual_BP, num_real = visual_BP & valid_BP, valid_BP.sum(1).tolist()
+        num_visual = visual_BP.sum(1).tolist()
+        num_text = tuple(real - visual for real, visual in zip(num_real, num_visual, strict=True))
+        columns = visual_BP.any(0).nonzero().flatten().tolist()
+        return cls(visual_BP, valid_BP, tuple(num_visual), num_text, columns[-1] + 1 if columns else 0)
+
+    @classmethod
+    def of_text(cls, batch: int, length: int) -> PromptLayout:
+        """Rows of text without padding. Asks no tensor for a value, so that torch.compile can follow."""
+        return cls(torch.zeros(batch, length, dtype=torch.bool), None, (0,) * batch, (length,) * batch, 0)
 
     @property
     def last_B1(self) -> Tensor:
