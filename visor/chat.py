@@ -8,6 +8,8 @@ their answers; any number of images may be in any turn. Video, sound and tools a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,27 @@ from visor.prompt import PreparedSample, pixel_hash, readable
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor of a local checkpoint.
+
+    Raises:
+        ValueError: a package is missing that this processor needs, even for images alone.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (ImportError, AttributeError) as error:  # without torchvision, some versions trip over a name instead
+        if isinstance(error, AttributeError) and find_spec("torchvision") is not None:
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the processor of {folder} needs a package that is not installed: {reason} Processors that also take "
+            "video (Qwen-VL, LLaVA-OneVision, InternVL, SmolVLM) need torchvision in the release that fits torch "
+            "(pip install torchvision), SmolVLM's also num2words (pip install num2words)"
+        ) from error
 
 
 def checked(messages: Sequence[Message], placeholder: str | None) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -75,8 +98,7 @@ def prepare(processor: Any, adapter: FamilyAdapter, messages: Sequence[Message])
     if images:
         wanted = (*adapter.image_fields, *adapter.sample_fields)
         pixel_inputs = {name: torch.as_tensor(inputs[name]) for name in wanted if inputs.get(name) is not None}
-        if "image_sizes" in wanted and "image_sizes" not in pixel_inputs:
-            pixel_inputs["image_sizes"] = torch.tensor([[image.height, image.width] for image in images])
+        pixel_inputs |= adapter.describe_images(processor, images)
     key = pixel_hash(pixel_inputs) if images else None
     return PreparedSample(
         tuple(input_ids), len(input_ids) - num_visual, num_visual, pixel_inputs, key, max(1, len(images))

@@ -113,7 +113,7 @@ class LoadedModel:
             raise ValueError(f"unknown attention {attention!r}; the kernels that exist: {', '.join(ATTENTION_KERNELS)}")
         folder = checkpoint.resolve(name_or_path)
         checkpoint.verify_weights(folder)
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText
 
         try:
             model, loading = AutoModelForImageTextToText.from_pretrained(
@@ -135,7 +135,7 @@ class LoadedModel:
             # transformers would go on with random weights in their place.
             names = ", ".join(sorted(loading["missing_keys"])[:5])
             raise ValueError(f"{folder} lacks {len(loading['missing_keys'])} weights of its model, such as {names}")
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = chat.load_processor(folder)
         loaded = cls(
             model.to(target), processor, name=folder.name if Path(name_or_path).exists() else str(name_or_path)
         )

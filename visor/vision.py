@@ -311,7 +311,7 @@ def encode_images(
         ValueError: unknown taps, or tiles that shall be scaled or reduced one by one and then packed.
     """
     check_taps(taps)
-    if image_scale != 1.0 and adapter.packs_tiles:
+    if image_scale != 1.0 and adapter.packs_tiles and not adapter.merges_patches:
         raise ValueError(f"{type(adapter).__name__}: an image of several tiles cannot be down-sampled inside them")
     first_with = {key: index for index, key in reversed(list(enumerate(keys)))}
     distinct = sorted(first_with.values())

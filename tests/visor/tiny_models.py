@@ -128,6 +128,8 @@ def make_model(family: str, attention: str = "sdpa", num_layers: int = NUM_LAYER
     model.generation_config.pad_token_id = PAD
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            if weight.ndim >= 2 and not weight.any():  # InternVL's CLS and positions
+                weight.normal_()
             if weight.ndim >= 2:
                 weight.mul_(20.0 if "embed_tokens" in name or "lm_head" in name else 6.0)
     return model

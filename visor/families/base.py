@@ -8,12 +8,15 @@ registers a subclass under its `config.model_type`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from budgets.registry import FAMILIES, nearest_first
 from visor.compat import image_output
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class FamilyAdapter:
@@ -102,6 +105,10 @@ class FamilyAdapter:
         """What the processor made of all images of a prompt, image by image."""
         split = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(num_images)]
         return [{**image, **{name: inputs[name] for name in self.sample_fields if name in inputs}} for image in split]
+
+    def describe_images(self, processor: Any, images: Sequence[Image]) -> dict[str, Tensor]:
+        """What the adapter must know of a prompt's images and the processor does not tell."""
+        return {}
 
     def position_ids(self, input_ids: Sequence[int], images: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Position ids [axes, P] of one prompt with all its visual tokens (families that `has_grid_positions`).

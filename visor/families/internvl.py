@@ -7,7 +7,7 @@ image. An image that fits one tile has no thumbnail.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,15 @@ from budgets.registry import FAMILIES
 from visor.compat import image_output
 from visor.families.merging import TileMergingAdapter
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 @FAMILIES.register("internvl")
 class InternVLAdapter(TileMergingAdapter):
     """`InternVLForConditionalGeneration`."""
 
-    image_fields: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    image_fields: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
 
     @property
     def merge(self) -> int:
@@ -39,16 +42,8 @@ class InternVLAdapter(TileMergingAdapter):
         """Behind the norms of queries and keys, which are the identity where the tower has none."""
         return {"q": block.attention.q_norm, "k": block.attention.k_norm}
 
-    def split_images(self, inputs: Mapping[str, Tensor], num_images: int) -> list[dict[str, Tensor]]:
-        """The processor puts the tiles of all images into one stack, and does not say whose they are."""
-        if num_images > 1 and len(inputs["pixel_values"]) != num_images:
-            raise ValueError(
-                f"{num_images} images in a prompt, some of several tiles: the processor does not tell whose tile is "
-                "whose. Load the processor with crop_to_patches=False, or give one image a prompt"
-            )
-        if num_images == 1:
-            return [dict(inputs)]
-        return [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(num_images)]
+    def count_tiles(self, processor: Any, image: Image) -> int:
+        return int(processor.image_processor([image], return_tensors="pt", crop_to_patches=True)["num_patches"][0])
 
     def feature_arguments(self, pixel_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"pixel_values": pixel_inputs["pixel_values"]}

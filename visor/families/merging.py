@@ -14,12 +14,15 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from visor.families.base import FamilyAdapter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class MergingAdapter(FamilyAdapter):
     """Adds to the adapter how an image is encoded and read."""
 
     merges_patches: ClassVar[bool] = True
+    packs_tiles: ClassVar[bool] = True
 
     @property
     def merge(self) -> int:
@@ -55,7 +59,14 @@ class MergingAdapter(FamilyAdapter):
 
 
 class TileMergingAdapter(MergingAdapter):
-    """Towers over fixed tiles with separate query and key projections; pixel shuffle before the projector."""
+    """Towers over fixed tiles with separate query and key projections; pixel shuffle before the projector.
+
+    Class attributes:
+        tile_axis: axis of `pixel_values` that counts tiles.
+    """
+
+    sample_fields: ClassVar[tuple[str, ...]] = ("num_tiles",)
+    tile_axis: ClassVar[int] = 0
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -70,6 +81,32 @@ class TileMergingAdapter(MergingAdapter):
     def projections(self, block: nn.Module) -> dict[str, nn.Module]:
         """The modules of a block whose outputs [T, P, H d] are its queries "q" and keys "k"."""
         return {"q": block.self_attn.q_proj, "k": block.self_attn.k_proj}
+
+    def count_tiles(self, processor: Any, image: Image) -> int:
+        """How many tiles the processor makes of an image."""
+        raise NotImplementedError
+
+    def describe_images(self, processor: Any, images: Sequence[Image]) -> dict[str, Tensor]:
+        """The processor puts the tiles of all images of a prompt into one row and does not say whose they are."""
+        sizes = torch.tensor([[image.height, image.width] for image in images])
+        if len(images) == 1:
+            return {"image_sizes": sizes}
+        counts = torch.tensor([self.count_tiles(processor, image) for image in images])
+        return {"image_sizes": sizes, "num_tiles": counts}
+
+    def split_images(self, inputs: Mapping[str, Tensor], num_images: int) -> list[dict[str, Tensor]]:
+        total = inputs["pixel_values"].shape[self.tile_axis]
+        counts = inputs["num_tiles"].tolist() if "num_tiles" in inputs else [total // num_images] * num_images
+        if len(counts) != num_images or sum(counts) != total:
+            raise ValueError(
+                f"{total} tiles of {num_images} images: num_tiles must say how many each has, got {counts}"
+            )
+        pieces = {
+            name: value.split(1 if name == "image_sizes" else counts, 0 if name == "image_sizes" else self.tile_axis)
+            for name, value in inputs.items()
+            if name != "num_tiles"
+        }
+        return [{name: piece[i] for name, piece in pieces.items()} for i in range(num_images)]
 
     def feature_arguments(self, pixel_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Arguments of `get_image_features` for one image."""

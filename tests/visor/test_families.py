@@ -1,0 +1,306 @@
+"""Every family from pixels to answers: through its own image processor, against Hugging Face and against the engine."""
+
+import functools
+import json
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from family_processors import load, make_image
+from schedules import schedule
+from tiny_checkpoint import make_processor
+from tiny_models import ALL_FAMILIES, IMAGE_TOKEN, NUM_LAYERS, make_model, make_prompt, single
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from budgets.geometry import from_config
+from budgets.registry import METHODS
+from budgets.schedule import dense
+from visor.chat import load_processor
+from visor.decoder import running
+from visor.families.base import adapter_for
+from visor.prompt import arranged
+from visor.several import shared
+from visor.vision import TAPS
+
+MERGING = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "internvl")
+GRID = ("qwen2_5_vl", "qwen3_vl")
+TOLERANCE = 2e-4
+loaded_of = functools.cache(load)
+
+
+def conversation(*parts, before=()):
+    """A last turn of texts and images (a number is an image's seed) after earlier turns."""
+    content = [
+        {"type": "image", "image": make_image(part, 100 - 20 * (part % 2), 60 + 30 * (part % 3))}
+        if isinstance(part, int)
+        else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return [*before, {"role": "user", "content": content}]
+
+
+def own_answer(loaded, sample, num_tokens=4):
+    """Hugging Face's own generate on what the processor made."""
+    inputs = {"input_ids": torch.tensor([sample.input_ids])}
+    described = ("image_sizes", "num_tiles") if loaded.adapter.merges_patches else ()
+    inputs |= {name: value for name, value in sample.pixel_inputs.items() if name not in described}
+    if loaded.adapter.has_grid_positions:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    plain = make_model(loaded.name)
+    with torch.no_grad():
+        return plain.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)[0, len(sample.input_ids) :].tolist()
+
+
+def answers(loaded, samples, schedules, num_tokens=4):
+    methods = [METHODS.get(s.encoder.method) for s in schedules if s.encoder]
+    vision = loaded.encode(samples, frozenset().union(*(method.taps for method in methods)))
+    return loaded.generate(samples, vision, schedules, num_tokens)
+
+
+CONVERSATIONS = {
+    "one image": conversation(1, "what is it"),
+    "no image": conversation("what is it"),
+    "two images": conversation(1, "is it", 2, "or that?"),
+    "second turn": conversation(
+        "and now?",
+        before=[*conversation(4, "what is it"), {"role": "assistant", "content": "a cat"}],
+    ),
+    "image in the second turn": conversation(
+        2, "and this?", before=[*conversation(1, "what is it"), {"role": "assistant", "content": "a cat"}]
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_dense_answers_are_hugging_faces_own(family):
+    """All conversations in one left-padded batch, and each alone."""
+    loaded = loaded_of(family)
+    samples = [loaded.prepare_chat(messages) for messages in CONVERSATIONS.values()]
+    plans = [dense(NUM_LAYERS, sample.num_visual) for sample in samples]
+    together = [list(each.token_ids) for each in answers(loaded, samples, plans)]
+    for name, sample, answer in zip(CONVERSATIONS, samples, together, strict=True):
+        assert answer == own_answer(loaded, sample), name
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_prefill_and_decode_answer_as_generate(family):
+    loaded = loaded_of(family)
+    samples = [loaded.prepare_chat(CONVERSATIONS[name]) for name in ("one image", "second turn", "no image")]
+    plans = [schedule("ssssss", sample.num_visual, {2: 0.5} if sample.num_visual else {}) for sample in samples]
+    expected = answers(loaded, samples, plans)
+    states = loaded.prefill(samples, loaded.encode(samples), plans)
+    first = torch.zeros(len(samples), 1, dtype=torch.long)
+    for state in states:
+        first[state.members] = state.next_ids_B1
+    found = torch.cat([first, loaded.decode(states, 3)], 1).tolist()
+    assert found == [list(each.token_ids) for each in expected]
+
+
+@pytest.mark.parametrize("messages", ["one image", "image in the second turn"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_dropping_before_the_decoder_equals_dropping_at_its_entrance(family, messages):
+    """Reduced features in a shorter prompt, against the full prompt whose tokens the engine drops before layer 0:
+    positions (kept under M-RoPE, renumbered elsewhere), DeepStack levels and blocks of tokens must all agree."""
+    loaded = loaded_of(family)
+    sample = loaded.prepare_chat(CONVERSATIONS[messages])
+    keep = round(0.4 * sample.num_visual)
+    plan = METHODS.get("random")(keep=keep).schedule(loaded.geometry, sample.num_visual)
+    prompt = loaded.assemble([sample], loaded.encode([sample]), [plan])
+    kept = prompt.kept[0]
+    assert int(kept.sum()) == keep == prompt.features[0].shape[0]
+    image_inputs = loaded._image_arguments(prompt)
+    with torch.no_grad():
+        short = loaded.model(
+            input_ids=prompt.input_ids_BP,
+            attention_mask=prompt.attention_mask_BP,
+            position_ids=prompt.positions_BP,
+            **image_inputs,
+        ).logits[:, -1]
+        full = loaded.assemble([sample], loaded.encode([sample]), [dense(NUM_LAYERS, sample.num_visual)])
+        positions = "kept" if family in GRID else "contiguous"
+        at_entrance = schedule("ssssss", sample.num_visual, {0: keep / sample.num_visual}, positions=positions)
+        with running(loaded.model, at_entrance, keep_masks={0: [kept]}):
+            expected = loaded.model(
+                input_ids=full.input_ids_BP,
+                attention_mask=full.attention_mask_BP,
+                position_ids=full.positions_BP,
+                **loaded._image_arguments(full),
+            ).logits[:, -1]
+    assert (short - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_encoder_side_methods_of_all_kinds(family):
+    """Selecting, merging, sharing among tiles, averaging: alone or with FastV, alone or in a batch."""
+    loaded = loaded_of(family)
+    samples = [loaded.prepare_chat(CONVERSATIONS[name]) for name in ("one image", "two images", "second turn")]
+    for name in ("visionzip", "prumerge+", "hired", "divprune", "fastervlm+fastv"):
+        methods = METHODS.get(name)
+        option = "fastervlm_keep" if "+fastv" in name else "keep"
+        plans = [methods(**{option: s.num_visual // 2}).schedule(loaded.geometry, s.num_visual) for s in samples]
+        together = answers(loaded, samples, plans, 2)
+        alone = [answers(loaded, [s], [p], 2)[0] for s, p in zip(samples, plans, strict=True)]
+        assert [each.token_ids for each in together] == [each.token_ids for each in alone], name
+
+
+def test_methods_that_do_not_say_where_their_tokens_stand_are_refused():
+    loaded = loaded_of("smolvlm")
+    sample = loaded.prepare_chat(CONVERSATIONS["one image"])
+    plan = METHODS.get("pooling")(side=1).schedule(loaded.geometry, sample.num_visual)
+    with pytest.raises(ValueError, match="the image has several blocks of tokens; use a method that selects"):
+        answers(loaded, [sample], [plan])
+    loaded = loaded_of("qwen3_vl")
+    sample = loaded.prepare(make_image(1, 64, 64), "what")
+    with pytest.raises(ValueError, match="a smaller image .* is not supported there"):
+        loaded.encode([sample], image_scale=0.5)
+
+
+def test_pooling_keeps_places_in_the_image():
+    """Qwen-VL: means of a square grid stand in the middle of their windows, with the middle's DeepStack levels."""
+    loaded = loaded_of("qwen3_vl")
+    sample = loaded.prepare(make_image(1, 128, 128), "what")
+    assert sample.num_visual == 16
+    plan = METHODS.get("pooling")(side=2).schedule(loaded.geometry, 16)
+    row = loaded.encode([sample], {"places"})[0]
+    prompt = loaded.assemble([sample], [row], [plan])
+    first = sample.input_ids.index(IMAGE_TOKEN)
+    assert (prompt.grid_positions[2:, 0, first : first + 4] - first).tolist() == [[1, 1, 3, 3], [1, 3, 1, 3]]
+    assert torch.equal(prompt.levels[0][0], row.levels[0][0, [5, 7, 13, 15]])
+
+
+# --- what is read of the towers -------------------------------------------------------------------------------------
+
+
+def eager_attention(model, pixels, monkeypatch):
+    """Post-softmax attention [tiles, heads, P, P] of each call in the tower, as Hugging Face computes it."""
+    module, seen = sys.modules[type(model).__module__], []
+    original = module.eager_attention_forward
+
+    def noted(*args, **kwargs):
+        output = original(*args, **kwargs)
+        seen.append(output[1])
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "eager_attention_forward", noted)
+        model.get_image_features(**pixels, return_dict=True)
+    return seen
+
+
+@pytest.mark.parametrize("family", MERGING)
+@torch.no_grad()
+def test_salience_is_eager_attention_averaged_over_merged_patches(family, monkeypatch):
+    model = make_model(family)
+    prompt = single(make_prompt(model, 2), 1)
+    pixels = {name: x for name, x in prompt.items() if name in ("pixel_values", "image_grid_thw")}
+    encoded = adapter_for(model).encode_image(pixels, {"salience", "keys", "last_salience", "last_keys"})
+    own = model.get_image_features(**pixels, return_dict=True).pooler_output
+    own = own.flatten(0, 1) if isinstance(own, torch.Tensor) else torch.cat(list(own))
+    assert torch.equal(encoded.features_ND, own)
+    blocks = eager_attention(make_model(family, "eager"), pixels, monkeypatch)
+    if family == "qwen2_5_vl":  # block 1 of 3 sees everything; 24 patches in cells of 2 x 2, sorted by window
+        weights = next(block for block in blocks if block.shape[-1] == 24)
+        expected = weights.mean(1).mean(1)[0].view(-1, 4).mean(1)[torch.tensor([0, 1, 3, 4, 2, 5]).argsort()]
+    elif family == "qwen3_vl":
+        expected = blocks[-2].mean(1).mean(1)[0].view(-1, 4).mean(1)
+    else:
+        weights = blocks[-2].mean(1)
+        rows = weights[:, 0, 1:] if family == "internvl" else weights.mean(1)
+        expected = torch.nn.functional.avg_pool2d(rows.view(-1, 1, 4, 4), 2).flatten()
+    assert (encoded.taps["salience"] - expected).abs().max() < 1e-4
+    assert expected.std() > 1e-4, "uniform attention would show nothing"
+    for name, tap in encoded.taps.items():
+        assert len(tap) == len(own), name
+
+
+def test_places_of_split_images():
+    """Tiles in reading order, the whole image last: rows and columns follow from the image's shape."""
+    loaded = loaded_of("idefics3")
+    sample = loaded.prepare(make_image(1, 100, 60), "what")
+    places = loaded.encode([sample], {"places"})[0].tap("places")[0]
+    assert sample.num_visual == 20 and places[:16, 0].eq(1).all() and places[16:, 0].eq(0).all()
+    assert places[4].tolist() == [1, 0.25, 1.25] and places[15].tolist() == [1, 1.75, 1.75]
+
+
+def test_every_family_takes_every_tap():
+    for family in ALL_FAMILIES:
+        loaded = loaded_of(family)
+        sample = loaded.prepare(make_image(1), "what")
+        row = loaded.encode([sample], TAPS)[0]
+        assert set(row.taps) == set(TAPS)
+        assert all(tap.shape[:2] == (1, row.num_tokens) for tap in row.taps.values()), family
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_arranging_prompts():
+    ids = [1, 9, 9, 9, 2, 9, 9, 3]
+    assert arranged(ids, {9}, [(3, 2, None), (2, 1, None)]).sources == [0, 1, 2, 4, 5, 7]
+    assert arranged(ids, {9}, [(3, 2, [2, 0]), (2, 1, [1])], in_place=True).sources == [0, 3, 1, 4, 6, 7]
+    split = arranged(ids, {9}, [(5, 3, [4, 0, 2])])  # one image in two blocks
+    assert split.sources == [0, 1, 3, 4, 6, 7] and split.order == [1, 2, 0]
+    with pytest.raises(ValueError, match="5 image tokens, its images have 4"):
+        arranged(ids, {9}, [(4, 2, None)])
+
+
+@pytest.mark.parametrize(
+    "keep, counts, shares",
+    [(4, [16, 16], [2, 2]), (5, [16, 16], [3, 2]), (3, [30, 1, 1], [1, 1, 1]), (10, [30, 1, 1], [8, 1, 1])],
+)
+def test_images_share_a_budget(keep, counts, shares):
+    assert shared(keep, counts) == shares and sum(shares) == keep
+
+
+def test_fewer_tokens_than_images():
+    with pytest.raises(ValueError, match="1 visual tokens cannot be shared among 2 images"):
+        shared(1, [4, 4])
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "must end with a turn of the user"),
+        ([{"role": "assistant", "content": "hello"}], "must end with a turn of the user"),
+        ([{"role": "tool", "content": "x"}, *conversation("y")], "message 0: unknown role 'tool'"),
+        (
+            [{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}],
+            "must be a text or an image, got 'video'",
+        ),
+        (conversation("what is <image>"), "the question holds '<image>'"),
+        (conversation("?", before=conversation("an <image>")), "text of message 0 holds '<image>'"),
+        (conversation(1), "the question is empty"),
+    ],
+)
+def test_conversations_that_are_refused(messages, message):
+    with pytest.raises(ValueError, match=message):
+        loaded_of("llava").prepare_chat(messages)
+
+
+def test_a_processor_that_needs_torchvision_says_what_to_install(tmp_path):
+    if find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    make_model("qwen2_5_vl", num_layers=1).config.save_pretrained(tmp_path)
+    make_processor().tokenizer.save_pretrained(tmp_path)
+    Qwen2VLImageProcessorPil().save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    names = {"processor_class": "Qwen2_5_VLProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **names}))
+    with pytest.raises(ValueError, match="pip install torchvision"):
+        load_processor(tmp_path)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_geometry_follows_the_config(family):
+    """Visual tokens of a real image, from the geometry alone where tiles are fixed."""
+    loaded = loaded_of(family)
+    sample = loaded.prepare(make_image(1), "what")
+    vision = from_config(loaded.model.config).vision
+    num_tokens = loaded.encode([sample])[0].num_tokens
+    assert num_tokens == sample.num_visual
+    if family in MERGING:
+        assert vision.projects_first
+    if vision.image_size is not None and family not in ("llava_next", "llava_onevision"):
+        assert num_tokens == vision.visual_tokens_per_tile * loaded.geometry.num_tiles(num_tokens)
