@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from budgets.geometry import ModelGeometry
+from budgets.schedule import Reduction
 from visor.decoder import install
 from visor.inference import DTYPES, LoadedModel
 from visor.prompt import PreparedSample
-from visor.vision import VisionFeatures, run_tower
+from visor.vision import VisionFeatures, encode_inside, run_tower, whole_image_places
 
 RANDOM_VALUES = 1 << 20  # weights repeat a block of so many normal values: filling a large model takes seconds
 
@@ -139,11 +140,28 @@ class RandomModel(LoadedModel):
 
     @torch.inference_mode()
     def encode(
-        self, prepared: Sequence[PreparedSample], taps: Collection[str] = (), image_scale: float = 1.0
+        self,
+        prepared: Sequence[PreparedSample],
+        taps: Collection[str] = (),
+        image_scale: float = 1.0,
+        inside: Reduction | None = None,
     ) -> list[VisionFeatures]:
-        """The tower over all tiles of all samples at once, and the projector where the family packs tiles after it."""
+        """The tower over all tiles of all samples at once, and the projector where the family packs tiles after it.
+
+        Raises:
+            ValueError: a method asks where several tiles lie in their image, or acts inside the tower on several.
+        """
+        if ("places" in taps or inside is not None) and max(len(s.pixel_inputs["tiles"]) for s in prepared) > 1:
+            raise ValueError("this method needs the places of tiles in an image; random images of several have none")
         tiles = [sample.pixel_inputs["tiles"].to(self.model.device, self.model.dtype) for sample in prepared]
+        if inside is not None:
+            keys = [sample.image_key for sample in prepared]
+            reduced = encode_inside(self.adapter, tiles, keys, inside)
+            return [reduced[key] for key in keys]
         features_TND, cls_T1D, tap_values = run_tower(self.adapter, torch.cat(tiles), taps, image_scale)
+        if "places" in taps:
+            side = self.geometry.vision.grid_side(image_scale)
+            tap_values["places"] = whole_image_places(features_TND, (side, side))
         packs = self.geometry.vision.packs_tiles
         if packs:
             features_TND = self.adapter.projector(features_TND)
