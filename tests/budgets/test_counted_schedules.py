@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaOnevisionForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+)
 
 from budgets.costs import price
 from budgets.geometry import from_config
@@ -19,10 +23,15 @@ CLASSES = {
     "llava-onevision-0.5b": LlavaOnevisionForConditionalGeneration,
 }
 TINY = ["tiny-llava", "tiny-llava-qwen2", "tiny-onevision"]
+OTHER_FAMILIES = ["tiny-llava-next", "tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-smolvlm", "tiny-internvl"]
 SETTINGS = {
     "dense": {},
     "fastv": {"layer": 2, "drop": 0.4},
     "pyramiddrop": {},
+    "dart": {"drop": 0.4},
+    "sparsevlm": {"tokens": 6},
+    "sparsevlm-without-recycling": {"tokens": 6, "recycle": False, "positions": "kept"},
+    "vtw": {},
     "visor": {},
     "visor-no-self": {"self_layers": 0},
     "visor-text-only": {"self_layers": 0, "cross_layers": 0},
@@ -30,7 +39,8 @@ SETTINGS = {
 }
 CASES = [
     *((name, setting) for name in TINY for setting in SETTINGS),
-    *(("llava-1.5-7b", setting) for setting in ("fastv", "visor-two-self")),
+    *(("llava-1.5-7b", setting) for setting in ("fastv", "visor-two-self", "sparsevlm", "dart")),
+    *((name, setting) for name in OTHER_FAMILIES for setting in ("fastv", "pyramiddrop", "visor")),
     *(("llava-onevision-0.5b", setting) for setting in ("pyramiddrop", "visor")),
 ]
 
@@ -43,7 +53,7 @@ def model_of(configs, on_meta):
     def build(name):
         if name not in made:
             config = configs[name]()
-            model = on_meta(CLASSES[name], config)
+            model = on_meta(CLASSES.get(name) or AutoModelForImageTextToText._model_mapping[type(config)], config)
             geometry = from_config(config)
             cross_layers = METHODS.get("visor")().layers(geometry)[1]
             with torch.device("meta"):
@@ -58,7 +68,7 @@ def model_of(configs, on_meta):
 def test_schedules_of_the_engine(model_of, count, name, setting):
     model = model_of(name)
     geometry, decoder = from_config(model.config), model.get_decoder()
-    num_visual = 16 if name in TINY else geometry.vision.visual_tokens_per_tile
+    num_visual = 16 if name.startswith("tiny") else geometry.vision.visual_tokens_per_tile
     before, after, new_tokens = 3, 8, 3
     prompt = before + num_visual + after
     schedule = METHODS.get(setting.partition("-")[0])(**SETTINGS[setting]).schedule(geometry, num_visual)
@@ -89,7 +99,7 @@ def test_schedules_of_the_engine(model_of, count, name, setting):
         assert bytes_held() == cost.kv_bytes
         assert count(decode) == cost.decode
         assert bytes_held() == cost.kv_bytes_final
-    assert (cost.parts["scoring"] > 0) == (setting in ("fastv", "pyramiddrop"))
+    assert (cost.parts["scoring"] > 0) == setting.startswith(("fastv", "pyramiddrop", "dart", "sparsevlm"))
 
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-llava-qwen2"])

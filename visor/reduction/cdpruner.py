@@ -62,7 +62,7 @@ class CDPruner(Method):
         if not is_reduced_by(schedule, "cdpruner"):
             return 0
         num_visual, keep = schedule.source_visual, schedule.encoder.keep
-        flops = 2 * num_visual**2 * geometry.hidden_size + keep * (keep - 1) * num_visual
+        flops = 2 * num_visual**2 * geometry.hidden_size + (keep - 1) * (keep - 2) * num_visual
         return flops + (2 * num_visual * geometry.hidden_size if self.relevance != "none" else 0)
 
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:

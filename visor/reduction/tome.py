@@ -2,8 +2,8 @@
 
 Between attention and MLP of a block the tokens are split into even and odd places; each even token looks for the odd
 one with the most similar key (cosine, keys averaged over heads), and the r best pairs are merged into their mean,
-weighted by how many patches each stands for. Attention logits get + log(size). The CLS is protected. r is such that the
-blocks together leave `keep` tokens, as evenly as possible (the authors give a constant r).
+weighted by how many patches each stands for. Attention logits get + log(size). The CLS is protected. r is the smallest
+number with which the blocks together leave `keep` tokens (the authors give r).
 
 Deviations: merged tokens stay in the order of the image (the release puts what was not merged first), because the
 decoder numbers visual tokens by it. CLIP and SigLIP towers; images of several packed tiles are refused, because their
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
@@ -108,23 +109,27 @@ class ToMe(Method):
         return hidden_TPD, kept_TN.scatter(1, origin_TP, True)
 
 
+@lru_cache(maxsize=65536)
 def lengths(num_visual: int, keep: int, num_blocks: int) -> list[tuple[int, int]]:
-    """Of each block the patches before and after merging: the same number less in each block, at most half of them.
+    """Of each block the patches before and after merging: r fewer in each, at most half of them, with the smallest r
+    that leaves `keep` in the end.
 
     Raises:
         ValueError: halving in every block still leaves more than `keep`.
     """
-    live, per_block = num_visual, []
-    for block in range(num_blocks):
-        merged = min(live // 2, -(-(live - keep) // (num_blocks - block)))
-        per_block.append((live, live - merged))
-        live -= merged
-    if live > keep:
-        raise ValueError(
-            f"ToMe: {num_blocks} blocks that each merge at most half of their tokens leave {live} of {num_visual}, "
-            f"keep={keep} cannot be reached"
-        )
-    return per_block
+    least = -(-(num_visual - keep) // num_blocks)
+    for rate in range(least, max(least, num_visual // 2) + 1):
+        live, per_block = num_visual, []
+        for _ in range(num_blocks):
+            merged = min(rate, live // 2, live - keep)
+            per_block.append((live, live - merged))
+            live -= merged
+        if live == keep:
+            return per_block
+    raise ValueError(
+        f"ToMe: {num_blocks} blocks that each merge at most half of their tokens leave {live} of {num_visual}, "
+        f"keep={keep} cannot be reached"
+    )
 
 
 def merge_pairs(
