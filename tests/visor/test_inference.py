@@ -212,9 +212,9 @@ def test_in_decoder_scores_execute_the_flops_that_they_are_priced_at(loaded, pre
 
 def test_visor_needs_cross_blocks(loaded, prepared):
     schedules = schedules_of(loaded, prepared[:1], METHODS.get("visor")())
-    with pytest.raises(ValueError, match=r"no trained cross-attention blocks at layers \[1, 4\]"):
+    with pytest.raises(ValueError, match=r"no trained cross-attention blocks at layers \[0, 3\]"):
         answer(loaded, prepared[:1], schedules)
-    model = LoadedModel(install(make_llava(), cross_layers=(1, 4)), loaded.processor)
+    model = LoadedModel(install(make_llava(), cross_layers=(0, 3)), loaded.processor)
     assert answer(model, prepared[:1], schedules)[0].kept == [True] * NUM_VISUAL
 
 
