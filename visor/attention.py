@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FLASH = "flash_attention_2"
+FLOAT32 = "float32_sdpa"  # training on a CPU (`visor.training.attention`): the backward in bfloat16 takes thrice as long
 
 
 def cross_attention(
@@ -32,6 +34,10 @@ def cross_attention(
     """
     if kernel == FLASH and valid_BV is None:
         return _flash(queries_BHTd, keys_BGVd, values_BGVd)
+    if kernel == FLOAT32 and queries_BHTd.dtype != torch.float32:
+        with torch.autocast(queries_BHTd.device.type, enabled=False):
+            exact = (queries_BHTd.float(), keys_BGVd.float(), values_BGVd.float())
+            return cross_attention(*exact, valid_BV, kernel)
     repeats, mask = queries_BHTd.shape[1] // keys_BGVd.shape[1], None
     if valid_BV is not None:
         mask = valid_BV[:, None, None, :].expand(-1, 1, queries_BHTd.shape[2], -1)

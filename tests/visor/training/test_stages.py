@@ -164,7 +164,7 @@ def test_a_router_learns_what_can_be_learned(tmp_path):
     router = Router(4, ("last", "text", "visual"), 16, 2)
     document = fit(router, labels, options, tmp_path / "whole")
     assert (
-        document["label_accuracy"] > 0.85
+        document["label_accuracy"] > 0.75
         and document["router"]["score"] > document["random at its cost"]["score"] + 0.05
     )
     assert document["fixed"][0]["score"] < document["router"]["score"] and document["router"]["cost"] < 0.4
