@@ -121,6 +121,11 @@ class DecoderStage(Stage):
             }
         )
 
+    def hold_embeddings(self) -> None:
+        """Train on, but leave what `align` aims at as it is: the embeddings of words and patches."""
+        for parameter in (self.model.llava.get_input_embeddings().weight, *self.model.patches.parameters()):
+            parameter.register_hook(torch.zeros_like)
+
     def kinds(self, scene: Scene) -> list[str]:
         return [question.kind for question in scene.questions]
 

@@ -22,6 +22,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="steps of the last stage, instead of the recipe's")
     parser.add_argument("--rate", type=float, help="peak learning rate of the last stage, instead of the recipe's")
+    parser.add_argument(
+        "--hold-embeddings",
+        action="store_true",
+        help="stage decoder: leave the embeddings of words and patches as they are, so that align may run beside it",
+    )
     parser.add_argument("--threads", type=int, default=2, help="of each process")
     options = parser.parse_args(arguments)
 
@@ -54,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
             except ValueError as error:
                 parser.error(str(error))
             continue
+        if name == "decoder" and options.hold_embeddings:
+            stage.hold_embeddings()
         train(stage, recipe, options.out)
     if Group().rank == 0:
         print(json.dumps({"checkpoint": str(options.out / f"{options.stage}.pt")}))
