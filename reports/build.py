@@ -10,6 +10,7 @@ import base64
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.markers import MarkerStyle
 
-from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, write_bytes_atomically
+from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, setting_id, write_bytes_atomically
 from reports import explorer, latex, results, speed, tables
 from reports.comparisons import ALPHA, MARGIN, Analysis, analyse
 from reports.data import Run, load
 from reports.figures_compute import all_figures
+from reports.looks import Look, load_looks
 from reports.plotting import Drawing
-from reports.policy import choices
-from reports.style import PALETTE, method_style, size
+from reports.policy import PolicySection, sections
+from reports.published import PUBLISHED
+from reports.style import PALETTE, css_name, method_style, size
 from reports.verdict import tiles, verdict
 
 MAX_BYTES = 3_000_000
@@ -56,7 +59,8 @@ def build(folder: str | Path) -> Path:
     if RunFolder.open(folder).read_run().get("kind") == "speed":
         return speed.build(folder)
     analysis = analyse(load(folder))
-    drawings = all_figures(analysis, watermark(analysis.run))
+    policy, looks = sections(analysis), load_looks(folder)
+    drawings = all_figures(analysis, policy, looks, watermark(analysis.run))
     document = results.results(analysis)
     write_bytes_atomically(folder / "results.json", results.results_json(document).encode())
     write_bytes_atomically(folder / "cells.csv", results.cells_csv(document).encode())
@@ -66,7 +70,7 @@ def build(folder: str | Path) -> Path:
             write_bytes_atomically(folder / "figures" / f"{drawing.name}.{suffix}", content)
     _remove_old_figures(folder, drawings)
     path = folder / "report.html"
-    write_bytes_atomically(path, page(analysis, drawings, document).encode())
+    write_bytes_atomically(path, page(analysis, drawings, document, policy, looks).encode())
     return path
 
 
@@ -76,9 +80,15 @@ def watermark(run: Run) -> str:
     return ", ".join(marks + ["UNTRAINED WEIGHTS"] * run.untrained)
 
 
-def page(analysis: Analysis, drawings: list[Drawing], document: dict) -> str:
+def page(
+    analysis: Analysis,
+    drawings: list[Drawing],
+    document: dict,
+    policy: Sequence[PolicySection] = (),
+    looks: Sequence[Look] = (),
+) -> str:
     """The HTML, with as many samples a task as fit."""
-    context = _context(analysis, drawings, document)
+    context = {**_context(analysis, drawings, document), **_more(policy, looks)}
     template = _environment().get_template("report.html.j2")
     for per_task in (NUM_EXPLORER_SAMPLES, 9, 6, 4, 2, 0):
         share = 1_300_000 // max(1, per_task * len(analysis.run.tasks))  # bytes of a picture; base64 adds a third
@@ -87,11 +97,6 @@ def page(analysis: Analysis, drawings: list[Drawing], document: dict) -> str:
         if len(html.encode()) <= MAX_BYTES or per_task == 0:
             return html
     raise AssertionError("unreachable")
-
-
-def css_name(method: str) -> str:
-    """A method's name as it may stand in a selector."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", method)
 
 
 def swatch(method: str) -> Markup:
@@ -172,7 +177,6 @@ def _context(analysis: Analysis, drawings: list[Drawing], document: dict) -> dic
         "cost_table": tables.cost_table(analysis),
         "matrices": tables.matrices(analysis),
         "failures": _failures(analysis),
-        "choices": choices(run),
         "default_group": max((i for i, g in enumerate(analysis.groups, 1) if g.budget is not None), default=1),
         "palette": PALETTE,
         "alpha": ALPHA,
@@ -191,6 +195,15 @@ def _context(analysis: Analysis, drawings: list[Drawing], document: dict) -> dic
     }
 
 
+def _more(policy: Sequence[PolicySection], looks: Sequence[Look]) -> dict:
+    """The sections that not every run has, and what others have published."""
+    return {
+        "policy": [(section, css_name(section.family.method), tables.standings_table(section)) for section in policy],
+        "looks": [(look, css_name(look.model)) for look in looks],
+        "published": PUBLISHED,
+    }
+
+
 def _optional(entries: dict | None) -> dict:
     """A part of run.json whose absent entries read as None: an older or foreign run may lack some."""
     return defaultdict(lambda: None, entries or {})
@@ -200,7 +213,11 @@ def _failures(analysis: Analysis) -> list[tuple[str, str, str]]:
     """Settings that could not be run, failed cells with their errors, and cells with failed samples."""
     titles = {task.name: task.title for task in analysis.run.tasks}
     found = [
-        (f"{entry['method']} at {entry['budget']}", "all tasks", f"not run, out of reach: {entry['reason']}")
+        (
+            setting_id(entry["method"], entry["budget"], entry.get("policy")),
+            "all tasks",
+            f"not run, out of reach: {entry['reason']}",
+        )
         for entry in analysis.run.run.get("unreachable", [])
     ]
     for setting in analysis.run.settings:
@@ -228,7 +245,9 @@ def _lengths(run: Run) -> str:
 def _remove_old_figures(folder: Path, drawings: list[Drawing]) -> None:
     """Figures of an earlier build that this one does not draw would lie beside the report as if they were its own."""
     names = {drawing.name for drawing in drawings}
-    known = {"pareto", "tasks_absolute", "tasks_relative", "policy", "flops_by_part", "visual_tokens"}
+    known = (
+        r"pareto|tasks_absolute|tasks_relative|flops_by_part|visual_tokens|layer_flops|policy.*|looks_.*|layer_drop_.*"
+    )
     for path in (folder / "figures").glob("*"):
-        if path.stem in known - names:
+        if path.stem not in names and re.fullmatch(known, path.stem):
             path.unlink()

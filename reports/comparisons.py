@@ -170,7 +170,7 @@ def _groups(run: Run) -> list[Group]:
     """Budgets that at least two methods share, highest first; then what has a cost of its own; then policies."""
     by_budget, own, policies = defaultdict(list), [], []
     for setting in run.settings:
-        if setting.policy is not None:
+        if setting.is_policy:
             policies.append(setting)
         elif not setting.is_dense:
             (by_budget[setting.budget] if setting.budget is not None else own).append(setting)
@@ -207,7 +207,7 @@ def _marks(groups, intervals, compare: _Comparer, run: Run) -> dict[tuple[str, s
 def _matrices(run: Run, groups: list[Group], compare: _Comparer) -> dict[str, dict[tuple[str, str], Tested]]:
     matrices = {}
     for group in groups:
-        members = [s.id for s in ((run.dense,) if run.dense else ()) + group.settings]
+        members = [s.id for s in ((run.dense,) if run.dense else ()) + group.settings if not s.is_swept]
         upper = _tested({(a, b): compare(a, b, AVERAGE) for a, b in combinations(members, 2)})
         if upper:
             matrices[group.key] = upper
@@ -225,7 +225,7 @@ def _costs(run: Run) -> tuple[dict[tuple[str, str], Costs], dict[str, Costs]]:
     names = ["decoder_flops", "dense_decoder_flops", "kv_bytes", "visual_tokens_mean", "num_visual", "num_text"]
     means = run.samples.groupby(["setting_id", "task"], sort=False)[names].mean()
     for setting in run.settings:
-        timed = _timed(run, setting.id)
+        timed = _timed(run, setting)
         cells = []
         for task in run.tasks:
             if (setting.id, task.name) in means.index:
@@ -253,9 +253,9 @@ def _costs(run: Run) -> tuple[dict[tuple[str, str], Costs], dict[str, Costs]]:
     return per_cell, per_setting
 
 
-def _timed(run: Run, setting: str) -> dict:
+def _timed(run: Run, setting: Setting) -> dict:
     """Medians over the runs at batch 1, and the reason for each figure that is missing."""
-    rows = [t for t in run.timings if t.setting_id == setting and t.batch_size == 1]
+    rows = [t for t in run.timings if t.setting_id == setting.id and t.batch_size == 1]
     fields = {
         "prefill_ms": "prefill_ms",
         "decode_ms": "decode_ms_per_token",
@@ -264,8 +264,10 @@ def _timed(run: Run, setting: str) -> dict:
         "scoring_ms": "scoring_ms",
     }
     reasons = {name: reason for row in rows for name, reason in row.not_measured.items()}
-    untimed = run.run.get("not_timed", {}).get(setting)
+    untimed = run.run.get("not_timed", {}).get(setting.id)
     untimed = untimed and f"timing failed: {untimed}"
+    if setting.is_composed:
+        untimed = "composed of the configurations' answers, without a run of its own to time"
     timed: dict = {"not_measured": reasons, "noise": {}}
     for name, column in fields.items():
         values = [getattr(row, column) for row in rows if getattr(row, column) is not None]
@@ -286,7 +288,7 @@ def _frontier(run: Run, tables, intervals, costs: dict[str, Costs]) -> dict[str,
     ids = [
         s.id
         for s in run.settings
-        if (s.id, AVERAGE) in intervals and costs[s.id].flops_relative is not None and not s.is_oracle
+        if (s.id, AVERAGE) in intervals and costs[s.id].flops_relative is not None and not (s.is_oracle or s.repeats)
     ]
     if not ids:
         return {}

@@ -30,13 +30,20 @@ FLOPS_PARTS = (
 )
 
 
+POLICY_ORDER = ("fixed", "per-task", "router", "cascade", "random", "oracle")
+DIALS = {"fixed": "configuration", "router": "cost_weight", "cascade": "threshold"}  # parameter that a policy sweeps
+HEADLINES = {"router": None, "cascade": 0.9}  # the value that stands for the whole sweep
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method at one budget or under one policy.
 
     Args:
-        id: `<method>`, `<method>@<budget>` or `<method>:<policy>`.
+        id: `<method>`, `<method>@<budget>`, `<method>:<policy>` or `<method>:<policy>(<value>)`.
         params: the method's own options, as the manifests give them, of the first task.
+        configurations: SELF layers of each configuration of a method that has several, cheapest first; else empty.
+        model: checkpoint, where it is not the run's own.
     """
 
     id: str
@@ -46,10 +53,37 @@ class Setting:
     policy: str | None
     trained: bool
     params: dict[str, Any] = field(hash=False, compare=False, default_factory=dict)
+    configurations: tuple[str, ...] = ()
+    model: str | None = None
 
     @property
     def is_dense(self) -> bool:
         return self.method == "dense"
+
+    @property
+    def is_policy(self) -> bool:
+        """True if it chooses among configurations; a fixed configuration is none."""
+        return self.policy not in (None, "fixed")
+
+    @property
+    def value(self) -> float | None:
+        """Where on its policy's dial it stands: configuration, cost weight or threshold."""
+        return self.params.get(DIALS.get(self.policy or "", ""))
+
+    @property
+    def is_swept(self) -> bool:
+        """True for a point of a policy's curve that does not stand for the policy in tables and matrices."""
+        return self.policy in HEADLINES and self.value != HEADLINES[self.policy]
+
+    @property
+    def is_composed(self) -> bool:
+        """True if its answers are other settings' answers, so that it has no run of its own to time."""
+        return self.is_policy and self.policy != "router"
+
+    @property
+    def repeats(self) -> bool:
+        """True for a budget of a method with configurations: it gives the answers of one that stands by itself."""
+        return bool(self.configurations) and self.budget is not None
 
     @property
     def is_oracle(self) -> bool:
@@ -58,7 +92,11 @@ class Setting:
 
     @property
     def dial(self) -> str:
-        """What tells settings of one method apart, for a reader: "25 %", "router policy"."""
+        """What tells settings of one method apart, for a reader: "25 %", "SELF 4, 7", "router policy"."""
+        if self.policy == "fixed" and self.configurations and self.value is not None:
+            return configuration_name(self.configurations[int(self.value)])
+        if self.policy in ("router", "cascade") and self.value is not None:
+            return f"{self.policy}, {'lambda' if self.policy == 'router' else 'threshold'} = {self.value:g}"
         if self.policy is not None:
             return f"{self.policy} policy"
         return "" if self.budget is None or self.is_dense else f"{100 * self.budget:.3g} %"
@@ -66,9 +104,16 @@ class Setting:
     @property
     def label(self) -> str:
         """Title and dial."""
+        if self.policy == "fixed":
+            return f"{self.title} ({self.dial})"
         return (
             f"{self.title} at {self.dial}" if self.policy is None and self.dial else f"{self.title} {self.dial}".strip()
         )
+
+
+def configuration_name(self_layers: str) -> str:
+    """ "4,7" to "SELF 4, 7"."""
+    return f"SELF {self_layers.replace(',', ', ')}" if self_layers else "no SELF layer"
 
 
 @dataclass(frozen=True)
@@ -112,8 +157,11 @@ class Run:
 
     @property
     def untrained(self) -> bool:
-        """True if the checkpoint says that its weights were never trained."""
-        return (self.run.get("provenance", {}).get("checkpoint") or {}).get("trained") is False
+        """True if a checkpoint of the run says that its weights were never trained."""
+        provenance = self.run.get("provenance", {})
+        shown = {setting.method for setting in self.settings}
+        others = [each for method, each in (provenance.get("checkpoints") or {}).items() if method in shown]
+        return any(each.get("trained") is False for each in (provenance.get("checkpoint") or {}, *others))
 
     @property
     def limit(self) -> int | None:
@@ -181,12 +229,21 @@ def load(path: str | Path) -> Run:
                 manifest.policy,
                 manifest.trained,
                 manifest.params,
+                tuple(str(each.get("self_layers", "")) for each in manifest.configurations or ()),
+                manifest.model,
             ),
         )
-    order = lambda s: (method_rank(s.method), s.method, s.policy or "", -(s.budget or 0))
-    ordered = sorted(settings.values(), key=order)
+    ordered = sorted(settings.values(), key=_place)
     timings = [record for record in folder.timings() if record.setting_id in settings]
     return Run(folder, run, ordered, tasks, shown, _samples(folder, shown), timings, len(manifests) - len(shown))
+
+
+def _place(setting: Setting) -> tuple:
+    """Methods in their order; of each its configurations, then budgets, then policies."""
+    policy = setting.policy
+    kind = 1 if policy is None else POLICY_ORDER.index(policy) * 2 if policy in POLICY_ORDER else 99
+    value = setting.value if isinstance(setting.value, (int, float)) else -1.0
+    return method_rank(setting.method), setting.method, kind, policy or "", -(setting.budget or 0), value
 
 
 def _samples(folder: RunFolder, shown: dict[tuple[str, str], Manifest]) -> pd.DataFrame:
@@ -201,7 +258,7 @@ def _samples(folder: RunFolder, shown: dict[tuple[str, str], Manifest]) -> pd.Da
                 rows.append({"setting_id": setting, "task": task, **_flat(record)})
     columns = ["setting_id", "task", *SampleRecord.__dataclass_fields__]
     frame = pd.DataFrame(rows, columns=[*columns, *(f"flops_{part}" for part in FLOPS_PARTS)])
-    for name in ("decoder_flops", "dense_decoder_flops", "kv_bytes", "num_text", "num_visual", "score"):
+    for name in ("decoder_flops", "dense_decoder_flops", "kv_bytes", "num_text", "num_visual", "score", "confidence"):
         frame[name] = frame[name].astype(float)
     for name in (
         "kept",
@@ -210,6 +267,9 @@ def _samples(folder: RunFolder, shown: dict[tuple[str, str], Manifest]) -> pd.Da
         "error",
         "grid",
         "visual_tokens",
+        "layer_flops",
+        "routing",
+        "attempts",
     ):  # pandas makes NaN of None in texts
         column = frame[name].astype(object)
         frame[name] = column.where(column.notna(), None)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from evaluations.records import NUM_EXPLORER_SAMPLES, unpack_bits
 from reports.comparisons import Analysis
-from reports.data import Run, Setting
+from reports.data import Run, Setting, configuration_name
 from reports.style import signed_minus
 
 MAX_SIDE = 336  # pixels of a carried picture
@@ -90,7 +90,7 @@ def cards(analysis: Analysis, per_task: int = NUM_EXPLORER_SAMPLES, picture_byte
                 answer = _answer(setting, record)
                 if setting.is_dense:
                     dense = answer
-                else:
+                elif not setting.is_swept:
                     answers[group_of[setting.id]].append(answer)
             shown = pictures[first["image_id"]]
             result.append(
@@ -118,11 +118,15 @@ def _answer(setting: Setting, record: dict) -> Answer:
     mask = veil(record["kept"], record["grid"], int(full)) if record["kept"] and record["grid"] else None
     tokens = ""
     if live and full == full:  # NaN where a failed sample has no count
-        last = live[-1]
+        alive = next((count for count in reversed(live) if count), 0)
+        last = sum(unpack_bits(record["kept"], int(full))) if record["kept"] else alive
+        looking = sum(count > 0 for count in live)
         fewer = f"{last} of {full:.0f} tokens kept" if mask else f"{last} instead of {full:.0f} tokens"
-        tokens = f"all {full:.0f} tokens" if min(live) >= full else fewer
-    if record["configuration"]:
-        tokens += f", configuration {record['configuration']}"
+        tokens = f"all {full:.0f} tokens" if last >= full else fewer
+        if looking < len(live):  # VISOR drops none; most layers do not look
+            tokens += f", in {looking} of {len(live)} layers"
+    if setting.is_policy and record["configuration"] is not None and setting.configurations:
+        tokens += f", {configuration_name(setting.configurations[int(record['configuration'])])}"
     return Answer(setting, text, float(record["score"]), mask, tokens)
 
 

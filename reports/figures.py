@@ -51,7 +51,7 @@ def legend(figure, settings: list[Setting], policies: bool = True) -> None:
                 label=plain(title),
             )
         )
-    if policies and any(setting.policy for setting in settings):
+    if policies and any(setting.is_policy for setting in settings):
         handles.append(
             Line2D([], [], color=MUTED, marker="o", linestyle="none", markerfacecolor=SURFACE, label="policy")
         )
@@ -82,7 +82,7 @@ def _curves(axes, points: list[tuple[Setting, float, Interval, str]], counter: l
     # Random first, accents last, so that what matters lies on top.
     for method in sorted(by_method, key=lambda m: (method_style(m).weight, m != "random")):
         look = method_style(method)
-        fixed = sorted((p for p in by_method[method] if p[0].policy is None), key=lambda p: p[1])
+        fixed = sorted((p for p in by_method[method] if not p[0].is_policy), key=lambda p: p[1])
         if len(fixed) > 1:
             (line,) = axes.plot(
                 [p[1] for p in fixed],
@@ -106,25 +106,25 @@ def _curves(axes, points: list[tuple[Setting, float, Interval, str]], counter: l
         bars.set_gid(series_id(method, counter[0]))
         for setting, x, y, tooltip in members:
             counter[0] += 1
-            hollow = setting.policy is not None
+            hollow, small = setting.is_policy, setting.is_swept
             (marker,) = axes.plot(
                 [x],
                 [y.estimate],
                 marker=look.marker,
                 linestyle="none",
                 zorder=4 + look.weight,
-                markersize=6.2 if look.weight > 1 else 5.4,
+                markersize=3.4 if small else 6.2 if look.weight > 1 else 5.4,
                 color=SURFACE if hollow else look.light,
                 markeredgecolor=look.light if hollow else INK,
-                markeredgewidth=1.6 if hollow else 0.4,
+                markeredgewidth=0.9 if small else 1.6 if hollow else 0.4,
             )
             marker.set_gid(series_id(method, counter[0], tooltip))
-            if hollow and label_policies:
-                labelled += 1  # one below the other, because policies tend to sit at the same cost
+            if hollow and label_policies and not small:
+                labelled += 1  # above and below in turn, because policies tend to sit at the same cost
                 text = axes.annotate(
                     plain(setting.policy),
                     (x, y.estimate),
-                    xytext=(4, -7 - 8 * labelled),
+                    xytext=(4, 6 + 4 * labelled if labelled % 2 else -9 - 4 * labelled),
                     fontsize=7,
                     textcoords="offset points",
                     color=MUTED,
@@ -174,7 +174,7 @@ def _empty(axes, text: str) -> None:
 def pareto_figure(analysis: Analysis, watermark: str) -> Drawing | None:
     """Average accuracy against decoder FLOPs, prefill latency and KV bytes."""
     run = analysis.run
-    shown = [(s, _in_percent(analysis.average(s))) for s in run.settings if analysis.average(s)]
+    shown = [(s, _in_percent(analysis.average(s))) for s in run.settings if analysis.average(s) and not s.repeats]
     if not shown:
         return None
     figure, counter = plotting.new_figure(WIDTH, 3.95), [0]
@@ -236,8 +236,8 @@ def pareto_figure(analysis: Analysis, watermark: str) -> Drawing | None:
         "Average over the suite's tasks against three costs. Up and left is better. Vertical bars: 95 % confidence "
         "intervals, clustered by image. Dashed: the exact frontier. Band: within 1 point below dense."
     )
-    if any(s.policy for s, _ in shown):
-        caption += " Hollow: a policy that chooses per sample."
+    if any(s.is_policy for s, _ in shown):
+        caption += " Hollow: a policy that chooses a configuration per sample; small: points of its sweep."
     return plotting.finish(figure, "pareto", "Accuracy against cost", caption, watermark)
 
 
@@ -263,6 +263,8 @@ def _task_grid(
         axes.text(0, 1.025, plain(subtitle), transform=axes.transAxes, fontsize=7.5, color=MUTED)
         points = []
         for setting in run.settings:
+            if setting.repeats or setting.is_swept:
+                continue
             y, costs = value(setting, task.name), analysis.task_costs.get((setting.id, task.name))
             if y is not None and costs is not None and costs.flops_relative is not None:
                 x = 100 * costs.flops_relative

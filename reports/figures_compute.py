@@ -1,23 +1,25 @@
-"""Figures of compute: what the FLOPs go into, visual tokens over depth, what a policy chose; and all figures in order.
+"""Figures of compute: what the FLOPs go into, FLOPs and visual tokens over depth; and all figures in order.
 
-Parts and configurations are drawn in tints and hatches, because the method colours mean methods only.
+Parts are drawn in tints and hatches, because the method colours mean methods only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from reports import plotting
-from reports.comparisons import Analysis
-from reports.data import FLOPS_PARTS
+from reports.comparisons import Analysis, Group
+from reports.data import FLOPS_PARTS, Setting
 from reports.figures import WIDTH, layout, legend, pareto_figure, tasks_absolute, tasks_relative
+from reports.figures_analyses import layer_drop_figure, looking_figure
+from reports.figures_policy import policy_choices, policy_curve
+from reports.looks import Look
 from reports.plotting import INK, LEGEND_INCHES, SURFACE, Drawing, plain, series_id
-from reports.policy import choices
+from reports.policy import PolicySection
 from reports.style import PALETTE, method_style
 
 PART_NAMES = {
@@ -46,21 +48,24 @@ PART_FILLS = {  # tints of one hue: method colours mean methods only
 }
 
 
-HATCHES = ("", "///", "xxx")  # dots would cost a hundred kilobytes of circles
+def all_figures(
+    analysis: Analysis, policy: Sequence[PolicySection] = (), looks: Sequence[Look] = (), watermark: str = ""
+) -> list[Drawing]:
+    """Every figure for which the run has data, in the report's order.
 
-
-def all_figures(analysis: Analysis, watermark: str = "") -> list[Drawing]:
-    """Every figure for which the run has data, in the report's order."""
+    Args:
+        policy: the methods with configurations.
+        looks: the models whose use of visual tokens was analysed.
+    """
     makers: list[Callable[[Analysis, str], Drawing | None]] = [
-        pareto_figure,
-        tasks_absolute,
-        tasks_relative,
-        policy_figure,
-        flops_by_part,
-        visual_tokens,
-    ]
+        pareto_figure, tasks_absolute, tasks_relative, flops_by_part, layer_flops, visual_tokens,
+    ]  # fmt: skip
     with plotting.style():
         drawings = [maker(analysis, watermark) for maker in makers]
+        for section in policy:
+            drawings += [policy_curve(analysis, section, watermark), policy_choices(section, watermark)]
+        for look in looks:
+            drawings += [looking_figure(look, watermark), layer_drop_figure(look, watermark)]
     return [drawing for drawing in drawings if drawing is not None]
 
 
@@ -73,7 +78,7 @@ def flops_by_part(analysis: Analysis, watermark: str) -> Drawing | None:
     parts = [part for part in FLOPS_PARTS if len(means) and means[f"flops_{part}"].max() > 0]
     if not parts:
         return None
-    settings = [s for s in run.settings if s.id in means.index]
+    settings = [s for s in run.settings if s.id in means.index and not s.is_swept and not s.repeats]
     height = 0.19 * len(settings) + 1.15
     figure = plotting.new_figure(WIDTH, height)
     axes = figure.subplots()
@@ -106,18 +111,30 @@ def flops_by_part(analysis: Analysis, watermark: str) -> Drawing | None:
     return plotting.finish(figure, "flops_by_part", "What the FLOPs go into", caption, watermark, legend=False)
 
 
-def visual_tokens(analysis: Analysis, watermark: str) -> Drawing | None:
-    """Live visual tokens at each decoder layer, one panel a group of settings."""
-    run, depth = analysis.run, {}
-    for setting_id, rows in run.samples.groupby("setting_id", sort=False):
+def _over_depth(analysis: Analysis, column: str, scale: float = 1.0) -> tuple[dict[str, np.ndarray], list[Group]]:
+    """Means of a column of lists by layer, by setting id, macro-averaged over tasks; and the groups that have any."""
+    depth = {}
+    for setting_id, rows in analysis.run.samples.groupby("setting_id", sort=False):
         lists = [
-            np.mean(np.array(list(tokens)), axis=0)
-            for _, tokens in rows.visual_tokens.dropna().groupby(rows.task)
-            if len({len(t) for t in tokens}) == 1
+            np.mean(np.array(list(values)), axis=0) * scale
+            for _, values in rows[column].dropna().groupby(rows.task)
+            if len({len(each) for each in values}) == 1
         ]
         if lists and len({len(each) for each in lists}) == 1:
             depth[setting_id] = np.mean(lists, axis=0)
-    groups = [g for g in analysis.groups if any(s.id in depth for s in g.settings)]
+    return depth, [g for g in analysis.groups if any(s.id in depth for s in g.settings if _is_drawn(s))]
+
+
+def _is_drawn(setting: Setting) -> bool:
+    return not setting.is_swept and not setting.is_oracle and setting.policy != "random"
+
+
+def _depth_figure(
+    analysis: Analysis, column: str, y_label: str, name: str, title: str, caption: str, watermark: str, scale: float
+) -> Drawing | None:
+    """One panel a group of settings, one line a setting."""
+    run = analysis.run
+    depth, groups = _over_depth(analysis, column, scale)
     if not groups:
         return None
     columns = max(3, min(4, len(groups)))
@@ -126,14 +143,14 @@ def visual_tokens(analysis: Analysis, watermark: str) -> Drawing | None:
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
     for axes, group in zip(grid, groups, strict=False):
         axes.set_title(group.title.replace(" of dense decoder FLOPs", "").partition(":")[0])
-        members = ([run.dense] if run.dense else []) + list(group.settings)
+        members = ([run.dense] if run.dense else []) + [s for s in group.settings if _is_drawn(s)]
         drawn = [s for s in members if s.id in depth]
         for place, setting in enumerate(drawn):
-            look, tokens = method_style(setting.method), depth[setting.id]
+            look, values = method_style(setting.method), depth[setting.id]
             stagger = (place % 4, 4)  # markers at different layers, so that equal lines stay apart
             (line,) = axes.plot(
-                range(1, len(tokens) + 1),
-                tokens,
+                range(1, len(values) + 1),
+                values,
                 drawstyle="steps-mid",
                 color=look.light,
                 marker=look.marker,
@@ -144,71 +161,41 @@ def visual_tokens(analysis: Analysis, watermark: str) -> Drawing | None:
                 linewidth=1.2 * look.weight,
             )
             counter[0] += 1
-            line.set_gid(series_id(setting.method, counter[0]))
-        axes.set_ylim(0, None)
+            line.set_gid(series_id(setting.method, counter[0], setting.label))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("decoder layer")
+    grid[0].set_ylim(0, None)  # shared, so it is set when all lines are there
     for axes in grid[len(groups) :]:
         axes.set_visible(False)
     for axes in grid.reshape(rows, columns)[:, 0]:
-        axes.set_ylabel("live visual tokens, mean")
+        axes.set_ylabel(y_label)
     layout(figure, wspace=0.08)
     legend(
         figure,
         [s for g in groups for s in ([run.dense] if run.dense else []) + list(g.settings) if s.id in depth],
         policies=False,
     )
+    return plotting.finish(figure, name, title, caption, watermark)
+
+
+def visual_tokens(analysis: Analysis, watermark: str) -> Drawing | None:
+    """Visual tokens that each decoder layer computes on or reads, one panel a group of settings."""
     caption = (
-        "Visual tokens that are alive at each decoder layer, mean over samples. "
+        "Visual tokens that each decoder layer computes on or reads, mean over samples. "
         "In layers that the image skips they stand still."
     )
-    return plotting.finish(figure, "visual_tokens", "Visual tokens over depth", caption, watermark)
+    title = "Visual tokens over depth"
+    return _depth_figure(
+        analysis, "visual_tokens", "visual tokens, mean", "visual_tokens", title, caption, watermark, 1.0
+    )
 
 
-# -- what a policy chose -------------------------------------------------------------------------------------------
-
-
-def policy_figure(analysis: Analysis, watermark: str) -> Drawing | None:
-    """Shares of the configurations that each policy chose, per task and per difficulty."""
-    chosen = choices(analysis.run)
-    if not chosen:
-        return None
-    configurations = chosen[0].configurations
-    shades = [PALETTE[f"part{1 + i % 5}"][0] for i in range(len(configurations))]
-    bars = max(len(c.rows) for c in chosen)
-    columns = min(3, max(2, len(chosen)))
-    lines = math.ceil(len(chosen) / columns)
-    figure = plotting.new_figure(WIDTH, (0.24 * bars + 0.75) * lines + 0.45)
-    grid = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    for axes, choice in zip(grid, chosen, strict=False):
-        left, places = np.zeros(len(choice.rows)), np.arange(len(choice.rows))[::-1]
-        for number, configuration in enumerate(configurations):
-            shares = np.array([100 * row.shares.get(configuration, 0.0) for row in choice.rows])
-            axes.barh(
-                places,
-                shares,
-                left=left,
-                height=0.74,
-                color=shades[number],
-                edgecolor=SURFACE,
-                linewidth=0.5,
-                hatch=HATCHES[number // 5 % 3],
-                label=plain(configuration),
-            )
-            left += shares
-        axes.set_title(plain(choice.title))
-        axes.set_yticks(places, [plain(f"{row.title} (n = {row.num_samples:,})") for row in choice.rows])
-        axes.set_xlim(0, 100)
-        axes.set_xticks([0, 25, 50, 75, 100])
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("% of samples")
-    for axes in grid[len(chosen) :]:
-        axes.set_visible(False)
-    handles = [
-        Patch(facecolor=s, label=plain(c), hatch=HATCHES[i // 5 % 3], edgecolor=SURFACE)
-        for i, (c, s) in enumerate(zip(configurations, shades, strict=True))
-    ]
-    figure.legend(handles=handles, loc="upper center", ncols=min(8, len(handles)), title=None)
-    layout(figure, left=2.0, top=0.62, bottom=0.45, wspace=0.14, legend=False)
-    caption = "Share of the samples that got each configuration, cheapest first, by task and by difficulty."
-    return plotting.finish(figure, "policy", "What the policy chose", caption, watermark, legend=False)
+def layer_flops(analysis: Analysis, watermark: str) -> Drawing | None:
+    """Prefill FLOPs of each decoder layer, one panel a group of settings."""
+    caption = (
+        "Prefill FLOPs of each decoder layer (2 x MACs, full-square attention), mean over samples, with the scoring "
+        "that decided the layer's tokens. The area under a line is what the budget counts, the router left out."
+    )
+    return _depth_figure(
+        analysis, "layer_flops", "MFLOPs a layer, mean", "layer_flops", "FLOPs over depth", caption, watermark, 1e-6
+    )

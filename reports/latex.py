@@ -76,8 +76,10 @@ def latex_table(analysis: Analysis) -> str:
     for title, settings in groups:
         lines += [r"\midrule", rf"\multicolumn{{{len(heads) + 3}}}{{l}}{{\textit{{{escape(title)}}}}} \\"]
         for setting in settings:
+            if setting.is_swept:
+                continue
             share = analysis.costs[setting.id].flops_relative
-            name = escape(setting.title + (f" ({setting.policy})" if setting.policy else ""))
+            name = escape(setting.label if setting.policy else setting.title)
             name += r"$^\dagger$" if setting.trained else ""
             cells = [name, "--" if share is None else f"{100 * share:.3g}"]
             cells += [_cell(analysis, setting, task) for task in (*(t.name for t in run.tasks), AVERAGE)]

@@ -21,6 +21,7 @@ from reports.comparisons import AVERAGE, Analysis, Costs
 from reports.data import FLOPS_PARTS, Setting
 
 SCHEMA_VERSION = 1
+NO_MEASUREMENTS = ("budget", "policy", "suite", "error", "model")
 NOTES = {
     "score": "between 0 and 1; a failed sample counts as 0",
     "score_low": "95 % confidence interval, clustered by image",
@@ -28,6 +29,8 @@ NOTES = {
     "flops_relative_to_dense": "the same relative to the unmodified model on the same samples",
     "prefill_ms_median": "batch size 1, one fixed sample list for the whole setting, so equal in all its tasks",
     "average": "macro-average: the mean over the suite's tasks",
+    "policy": "fixed: params.configuration; router: params.cost_weight (null: the paper's); cascade: params.threshold",
+    "num_visual_mean": "visual tokens of a sample at full size (N_v); num_text_mean: text tokens (N_t)",
 }
 
 
@@ -87,9 +90,12 @@ def _cell(analysis: Analysis, setting: Setting, task: str) -> dict[str, Any]:
         "end_to_end_ms_median": costs.end_to_end_ms,
     }
     cell: dict[str, Any] = {
+        "setting_id": setting.id,
         "method": setting.method,
         "budget": setting.budget,
         "policy": setting.policy,
+        "params": setting.params,
+        "model": setting.model or (run.run.get("provenance", {}).get("checkpoint") or {}).get("name"),
         "suite": run.run.get("suite", {}).get("name"),
         "task": task,
         "num_samples": interval.num_samples if interval else 0,
@@ -101,6 +107,8 @@ def _cell(analysis: Analysis, setting: Setting, task: str) -> dict[str, Any]:
         "decoder_flops": costs.decoder_flops,
         "flops_relative_to_dense": costs.flops_relative,
         "visual_tokens_mean": costs.visual_tokens,
+        "num_visual_mean": costs.num_visual,
+        "num_text_mean": costs.num_text,
         "kv_bytes": costs.kv_bytes,
         **{name: median and median.estimate for name, median in medians.items()},
         "peak_memory_bytes": costs.peak_memory_bytes,
@@ -117,9 +125,9 @@ def _cell(analysis: Analysis, setting: Setting, task: str) -> dict[str, Any]:
 
 
 def _reasons(cell: dict[str, Any], costs: Costs, setting: Setting) -> dict[str, str]:
-    """Why each null is null. `budget`, `policy` and `error` are no measurements."""
+    """Why each null is null."""
     reasons = {}
-    for name in [n for n, value in cell.items() if value is None and n not in ("budget", "policy", "suite", "error")]:
+    for name in [n for n, value in cell.items() if value is None and n not in NO_MEASUREMENTS]:
         timing = name.removesuffix("_median")
         if timing in costs.not_measured:
             reasons[name] = costs.not_measured[timing]
@@ -140,7 +148,8 @@ def cells_csv(document: dict[str, Any]) -> str:
     writer.writeheader()
     for cell in cells:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in cell["not_measured"].items())
-        writer.writerow({**cell, "not_measured": reasons})
+        params = json.dumps(cell["params"], sort_keys=True)
+        writer.writerow({**cell, "params": params, "not_measured": reasons})
     return buffer.getvalue()
 
 
@@ -165,7 +174,7 @@ def samples_csv_gz(analysis: Analysis) -> bytes:
     """The samples without masks and layer lists, as gzip without a date, small enough to be carried in the report."""
     table = samples_table(analysis)
     parts = [f"flops_{part}" for part in FLOPS_PARTS]
-    drop = ["kept", "visual_tokens", "grid", "question", *parts]
+    drop = ["kept", "visual_tokens", "layer_flops", "routing", "attempts", "grid", "question", *parts]
     text = (
         table.drop(columns=drop)
         .assign(references=table.references.map(json.dumps))

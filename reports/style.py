@@ -8,6 +8,7 @@ figures are drawn in the light values and the page replaces those by the variabl
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 # variable -> (light, dark). Light values are distinct, because the page finds them in the figures by value.
@@ -54,7 +55,8 @@ class MethodStyle:
 KNOWN = {
     "dense": MethodStyle("ink", "D"),
     "visor": MethodStyle("vermillion", "o"),
-    "visor-tr": MethodStyle("vermillion", "p"),
+    "visor_tr2": MethodStyle("vermillion", "p"),
+    "visor_tr4": MethodStyle("vermillion", "h"),
     "fastv": MethodStyle("blue", "s"),
     "visionzip": MethodStyle("green", "^"),
     "pooling": MethodStyle("orange", "v"),
@@ -78,11 +80,18 @@ _SPARE_COLOURS = ("sky", "yellow", "purple", "green", "orange", "blue")
 _SPARE_MARKERS = (">", "<", "d", "8", "H", "*")
 
 
+def css_name(method: str) -> str:
+    """A name as it may stand in a selector, an id or a file name."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", method)
+
+
 def method_style(method: str) -> MethodStyle:
-    """The look of a method; an unknown one gets a look that depends on its name alone."""
+    """The look of a method; an unknown one gets a look that depends on its name alone, in VISOR's colour if it is."""
     if method in KNOWN:
         return KNOWN[method]
     number = sum((place + 1) * ord(letter) for place, letter in enumerate(method))
+    if "visor" in method.split("+"):
+        return MethodStyle("vermillion", _SPARE_MARKERS[number % 6])
     return MethodStyle(_SPARE_COLOURS[number % 6], _SPARE_MARKERS[number // 6 % 6])
 
 

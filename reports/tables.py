@@ -6,12 +6,13 @@ the cell where they do not. Best is marked by weight and a star, "not significan
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from evaluations.noise import NOISY
-from evaluations.statistics import Interval
+from evaluations.statistics import Comparison, Interval
 from reports.comparisons import ALPHA, AVERAGE, Analysis, Tested
 from reports.data import Setting
+from reports.policy import PolicySection
 from reports.results import why_missing
 from reports.style import flops, p_value, percent, points, significant, size
 
@@ -69,13 +70,13 @@ class Table:
     @property
     def not_measured(self) -> list[str]:
         """Every reason for a missing figure, with its column, once."""
-        found = {}
+        found: dict[str, dict[str, None]] = {}
         for group in self.groups:
             for row in group.rows:
                 for column, cell in zip(self.columns, row.cells, strict=True):
                     if cell.tone == "missing" and cell.note:
-                        found.setdefault(f"{column.title} \u2013 {cell.note}")
-        return list(found)
+                        found.setdefault(cell.note, {})[column.title] = None
+        return [f"{', '.join(columns)} \u2013 {reason}" for reason, columns in found.items()]
 
 
 def _grouped(analysis: Analysis, columns: list[Column], make) -> Table:
@@ -150,9 +151,10 @@ def accuracy_table(analysis: Analysis) -> Table:
             on, probability = analysis.frontier[setting.id]
             words = "\u25cf on it" if on else "\u25cb dominated"
             row.append(TableCell(f"{probability:.2f}", words, probability, tone="on" if on else "off"))
+        elif setting.is_oracle or setting.repeats and analysis.average(setting):
+            row.append(TableCell("bound" if setting.is_oracle else "as its configuration", tone="quiet"))
         else:
-            bound = setting.is_oracle
-            row.append(TableCell("bound", tone="quiet") if bound else missing(analysis, setting, AVERAGE))
+            row.append(missing(analysis, setting, AVERAGE))
         return row
 
     return _grouped(analysis, columns, cells)
@@ -259,3 +261,52 @@ def _pair(tests, row: Setting, column: Setting) -> TableCell:
     return TableCell(
         points(sign * c.difference) + ("*" if clear else ""), sub, sign * c.difference, tone=tone, note=note
     )
+
+
+def _versus(comparison: Comparison | None, why: str) -> TableCell:
+    if comparison is None:
+        return TableCell("not measured", tone="missing", note=why)
+    c = comparison
+    sub = f"{points(c.low)} to {points(c.high)}, {p_value(c.p_value)}"
+    clear = c.low > 0 or c.high < 0
+    tone = ("better" if c.difference > 0 else "worse") if clear else ""
+    return TableCell(points(c.difference), sub, c.difference, tone=tone, note=f"{c.test}, n = {c.num_samples:,}")
+
+
+def standings_table(section: PolicySection) -> Table:
+    """Each policy against the best fixed configuration of no higher cost, and against its own choices dealt out."""
+    agreement = {choice.setting.id: choice for choice in section.choices}
+    columns = [
+        Column("Decoder FLOPs", "% of dense, mean"),
+        Column("Average", "%"),
+        Column("To the best fixed", "of no higher mean cost; points, 95 % CI"),
+        Column("To random", "the same choices dealt out; points, 95 % CI"),
+        Column("Gets its label", "% of samples"),
+    ]
+    rows = []
+    for standing in section.standings:
+        i, rival = standing.score, standing.rival
+        versus = _versus(standing.against_rival, "every fixed configuration costs more")
+        if rival is not None and standing.against_rival is not None:
+            versus = replace(versus, sub=f"{versus.sub} \u00b7 {rival.dial}")
+        random = _versus(standing.against_random, "makes no choice by sample")
+        if standing.against_random is None:
+            random = TableCell("\u2013", tone="quiet")
+        choice = agreement.get(standing.setting.id)
+        label = TableCell("\u2013", tone="quiet")
+        if choice is not None and choice.confusion:
+            cheaper = f"{100 * choice.cheaper:.0f} % got less"
+            label = TableCell(f"{100 * choice.agreement:.0f}", cheaper, choice.agreement)
+        rows.append(
+            Row(
+                standing.setting,
+                [
+                    TableCell(f"{100 * standing.cost:.3g}", "", standing.cost),
+                    TableCell(percent(i.estimate), f"{percent(i.low)} \u2013 {percent(i.high)}", i.estimate),
+                    versus,
+                    random,
+                    label,
+                ],
+            )
+        )
+    return Table(columns, [RowGroup("Policies by rising mean cost", rows)] if rows else [])

@@ -32,7 +32,8 @@ def _within(analysis: Analysis) -> list[Setting]:
         tested = analysis.against_dense.get((setting.id, AVERAGE))
         cost = analysis.costs[setting.id].flops_relative
         oracle = setting.is_oracle  # it knows the answers: a bound, not a method
-        if tested and cost is not None and cost < 1 and not oracle and tested.verdict in ("within", "better"):
+        shown = not oracle and not setting.repeats and not setting.is_swept
+        if tested and cost is not None and cost < 1 and shown and tested.verdict in ("within", "better"):
             good.append((cost, setting.id, setting))
     return [setting for _, _, setting in sorted(good, key=lambda each: each[:2])]
 
@@ -40,6 +41,15 @@ def _within(analysis: Analysis) -> list[Setting]:
 def name(setting: Setting) -> str:
     """Title, with the policy; the budget is said as a share of FLOPs wherever a setting is named here."""
     return setting.label if setting.policy else setting.title
+
+
+def _lengths(analysis: Analysis, setting: Setting) -> str:
+    """The saving and the lengths that it holds for: an x-figure says nothing without them."""
+    costs = analysis.costs[setting.id]
+    if costs.num_visual is None or costs.num_text is None:
+        return ""
+    saving = f"{1 / costs.flops_relative:.3g}\u00d7 less"
+    return f", {saving} at N_v\u00a0=\u00a0{costs.num_visual:.0f} and N_t\u00a0=\u00a0{costs.num_text:.0f}"
 
 
 def _share(analysis: Analysis, setting: Setting) -> str:
@@ -68,11 +78,11 @@ def verdict(analysis: Analysis) -> str:
         best = good[0]
         first = (
             f"{name(best)} is within {100 * MARGIN:g} point of dense on {tasks} "
-            f"at {_share(analysis, best)} of its decoder FLOPs "
+            f"at {_share(analysis, best)} of its decoder FLOPs{_lengths(analysis, best)} "
             f"({_difference(analysis, best)})."
         )
     else:
-        candidates = [s for s in tested if not s.is_oracle] or tested
+        candidates = [s for s in tested if not s.is_oracle and not s.is_swept] or tested
         best = max(candidates, key=lambda s: (analysis.against_dense[s.id, AVERAGE].comparison.difference, s.id))
         first = f"No setting is shown to be within {100 * MARGIN:g} point of dense on {tasks}."
         if analysis.costs[best.id].flops_relative is not None:

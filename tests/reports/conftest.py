@@ -5,14 +5,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from evaluations.records import Manifest, RunFolder, SampleRecord, TimingRecord, pack_bits, setting_id
+from evaluations.records import (
+    Manifest,
+    RunFolder,
+    SampleRecord,
+    TimingRecord,
+    pack_bits,
+    setting_id,
+    write_json_atomically,
+)
 
 LAYERS, SIDE = 12, 12
 TASKS = {
@@ -30,6 +41,9 @@ METHODS = {
     "random": ("Random", False, 1.3, True),
     "visor": ("VISOR", True, 0.005, False),
 }
+CONFIGURATIONS = ("", "4", "4,8")  # SELF layers
+SWEEPS = {"router": (None, 0.1, 0.4), "cascade": (0.5, 0.9)}
+DIALS = {"fixed": "configuration", "router": "cost_weight", "cascade": "threshold"}
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -50,7 +64,7 @@ def write_run_folder(
     """A folder in the schema of evaluations.records with seeded, plausible records."""
     random = np.random.default_rng(seed)
     folder, keys = RunFolder(path), []
-    num_visual = SIDE * SIDE
+    num_visual, family = SIDE * SIDE, [{"self_layers": each} for each in CONFIGURATIONS] if policies else None
     for task in tasks:
         title, metric, kind, sensitivity = TASKS[task]
         image_ids = [f"{task}{i:03d}" for i in range(num_images)]
@@ -75,20 +89,22 @@ def write_run_folder(
                 draw.rectangle((12, 20 + row * 50, 180, 58 + row * 50), outline=(40, 60, 120))
                 draw.text((20, 32 + row * 50), f"{task} {image} row {row}", fill=(20, 20, 30))
             folder.save_image(image_ids[image], canvas)
-        settings = [("dense", 1.0, None)]
-        settings += [(m, b, None) for m in methods if m != "dense" for b in budgets]
-        settings += [("visor", None, policy) for policy in policies]
-        for method, budget, policy in settings if "dense" in methods else settings[1:]:
+        settings = [("dense", 1.0, None, None)]
+        settings += [(m, b, None, None) for m in methods if m != "dense" for b in budgets]
+        settings += [("visor", None, "fixed", i) for i in range(len(CONFIGURATIONS)) if policies]
+        settings += [("visor", None, p, v) for p in policies for v in SWEEPS.get(p, (None,))]
+        fixed: list[list[SampleRecord]] = []  # records of the configurations, which policies choose among
+        for method, budget, policy, value in settings if "dense" in methods else settings[1:]:
             name, trained, slope, has_mask = METHODS[method]
-            configurations = ["0", "2-5", "2-5-8"] if policy else [None]
-            identity = setting_id(method, budget, policy)
-            key = f"{identity}-{task}".replace("@", "-").replace(":", "-")
+            identity = setting_id(method, budget, policy, value)
+            key = re.sub(r"[^a-z_0-9.-]", "-", f"{identity}-{task}")
             keys.append(key)
             common = dict(
                 key=key,
                 method=method,
                 title=name,
-                params={"keep": [14, 40]} if method != "dense" else {},
+                params={DIALS[policy]: value} if policy in DIALS else {"keep": [14, 40]} if method != "dense" else {},
+                configurations=family if method == "visor" else None,
                 trained=trained,
                 budget=budget,
                 policy=policy,
@@ -107,8 +123,12 @@ def write_run_folder(
                 continue
             records = []
             for number, (image, q, sample_id, question, reference) in enumerate(questions):
-                configuration = configurations[int(random.integers(len(configurations)))]
-                fraction = budget if policy is None else 0.1 + 0.1 * configurations.index(configuration)
+                if policy not in (None, "fixed"):
+                    records.append(chosen_record([each[number] for each in fixed], policy, value, sample_id).to_dict())
+                    continue
+                configuration = value
+                fraction = budget if policy is None else 0.1 + 0.1 * configuration
+                slope = slope if policy is None else 0.5 - 0.24 * configuration
                 right = ability[image] * (1 - slope * sensitivity * (1 - fraction) ** 1.5)
                 wobble = 0.08 * random.normal() if fraction < 1 and method != "visor" else 0.0
                 score = float(luck[number] < right + wobble)
@@ -151,13 +171,18 @@ def write_run_folder(
                         visual_tokens=[num_visual] * 2 + [keep] * (LAYERS - 2)
                         if method == "fastv"
                         else [keep] * LAYERS,
+                        layer_flops=[round(flops / LAYERS)] * LAYERS,
+                        confidence=0.3 + 0.6 * score,
+                        routing=[float(x) for x in random.normal(size=3)] if value == 0 else None,
                         configuration=configuration,
                         kept=pack_bits(mask) if has_mask else None,
                     ).to_dict()
                 )
             folder.samples_file(key).append(records)
+            if policy == "fixed":
+                fixed.append([SampleRecord.from_dict(record) for record in records])
             folder.write_manifest(Manifest(**common, num_samples=len(records), num_failed=0, status="ok", error=None))
-            if timings and task == tasks[0]:
+            if timings and task == tasks[0] and policy in (None, "fixed", "router"):
                 for batch_size in (1, 8):
                     for turn in range(8):
                         fraction = budget or 0.2
@@ -236,10 +261,65 @@ def write_run_folder(
     return path
 
 
+def chosen_record(row: list[SampleRecord], policy: str, value: float | None, sample_id: str) -> SampleRecord:
+    """A policy's record from those of the configurations: right more often than chance, as a router would be."""
+    draw = np.random.default_rng([zlib.crc32(f"{policy}{sample_id}".encode())])
+    cheapest = next((i for i, record in enumerate(row) if record.score == max(r.score for r in row)), 0)
+    guess = int(draw.integers(3))
+    choice = {"oracle": cheapest, "random": guess, "per-task": 1}.get(
+        policy, cheapest if draw.random() < 0.7 else guess
+    )
+    if policy == "router" and value is not None:
+        choice = min(choice, 2 if value < 0.2 else 1)
+    return replace(row[choice], configuration=choice, routing=None)
+
+
+def write_analyses(folder: Path, hostile: str = "") -> None:
+    """analyses/<model>.json as `evaluations.analyses` writes it."""
+    curve = lambda start: {
+        "mean": [start / (1 + 0.1 * i) for i in range(LAYERS)],
+        "low": [start / (1 + 0.1 * i) - 0.05 for i in range(LAYERS)],
+        "high": [start / (1 + 0.1 * i) + 0.03 for i in range(LAYERS)],
+    }
+    drop = lambda i: {"score": 0.6, "difference": -0.3 / (i + 1), "difference_low": -0.3 / (i + 1) - 0.05,
+                      "difference_high": 0.05, "p_value_holm": 0.01 if i == 0 else 1.0}  # fmt: skip
+    numbers = {"num_samples": 20, "num_images": 10, "limit": 20}
+    write_json_atomically(
+        folder / "analyses" / "dense-tiny.json",
+        {
+            "schema_version": 1, "model": "dense-tiny" + hostile, "trained": True, "num_layers": LAYERS,
+            "tasks": {
+                name: {
+                    "title": title, "kind": kind, "metric": metric, "version": 1,
+                    "attention": {"text": curve(0.9), "last": curve(0.5), **numbers},
+                    "cka": {"visual": curve(0.95), **numbers},
+                    "layer-drop": {"dense": {"score": 0.7, "low": 0.6, "high": 0.8},
+                                   "layers": [drop(i) for i in range(LAYERS)], **numbers},
+                }
+                for name, (title, metric, kind, _) in TASKS.items()
+            },
+        },
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory) -> Path:
     """The full grid, small."""
     return write_run_folder(tmp_path_factory.mktemp("run") / "folder", num_images=20)
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory) -> Path:
+    """A method with three configurations under all policies."""
+    kinds = ("router", "cascade", "per-task", "random", "oracle")
+    folder = tmp_path_factory.mktemp("policies") / "folder"
+    return write_run_folder(folder, methods=("dense", "visor"), policies=kinds)
+
+
+@pytest.fixture
+def add_analyses():
+    """Writes analyses of a model with a hostile name into a run folder."""
+    return lambda folder: write_analyses(folder, HOSTILE)
 
 
 @pytest.fixture
@@ -249,8 +329,6 @@ def make_run_folder(tmp_path):
 
 
 if __name__ == "__main__":
-    write_run_folder(
-        Path(sys.argv[1]),
-        num_images=160,
-        **({"methods": tuple(METHODS), "policies": ("router", "oracle", "random")} if "--full" in sys.argv else {}),
-    )
+    everything = {"methods": tuple(METHODS), "policies": ("router", "cascade", "per-task", "oracle", "random")}
+    made = write_run_folder(Path(sys.argv[1]), num_images=160, **(everything if "--full" in sys.argv else {}))
+    write_analyses(made)

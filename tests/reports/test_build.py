@@ -194,11 +194,57 @@ def test_no_dense_reference(make_run_folder):
 
 def test_policy_section_when_there_are_policies(make_run_folder):
     folder = make_run_folder(
-        methods=("dense", "visor"), policies=("router", "oracle"), budgets=(0.5,), tasks=("forms",)
+        methods=("dense", "visor"), policies=("router", "random", "oracle"), budgets=(0.5,), tasks=("forms",)
     )
     html = build(folder).read_text()
-    assert "What the policy chose" in html and "VISOR router policy against the oracle" in html
-    assert (folder / "figures" / "policy.svg").exists()
+    Page(html)
+    assert "What the policies chose" in html and "VISOR router policy against the pseudo-labels" in html
+    for name in ("policy_visor", "policy_curve_visor", "layer_flops"):
+        assert (folder / "figures" / f"{name}.svg").exists() and f'id="figure-{name}"' in html
+    cells = [c for c in json.loads((folder / "results.json").read_text())["cells"] if c["task"] == "average"]
+    routers = {c["setting_id"]: c for c in cells if c["policy"] == "router"}
+    assert {i: c["params"]["cost_weight"] for i, c in routers.items()} == {
+        "visor:router": None, "visor:router(0.1)": 0.1, "visor:router(0.4)": 0.4,
+    }  # fmt: skip
+    assert all(c["budget"] is None and c["num_visual_mean"] == 144 for c in routers.values())
+    fixed = [c for c in cells if c["policy"] == "fixed"]
+    assert [c["params"]["configuration"] for c in fixed] == [0, 1, 2]
+
+
+def test_figures_of_an_earlier_build_go(make_run_folder):
+    folder = make_run_folder(methods=("dense", "visor"), policies=("oracle",), budgets=(0.5,), tasks=("forms",))
+    (folder / "figures").mkdir()
+    for name in ("policy_m3.svg", "looks_other.png", "mine.svg"):
+        (folder / "figures" / name).write_text("old")
+    build(folder)
+    left = {path.name for path in (folder / "figures").iterdir()}
+    assert "mine.svg" in left and not left & {"policy_m3.svg", "looks_other.png"}
+
+
+def test_analyses_are_shown_if_the_folder_holds_them(make_run_folder, add_analyses):
+    folder = make_run_folder(methods=("dense",), tasks=("forms",))
+    add_analyses(folder)
+    html = build(folder).read_text()
+    page = Page(html)
+    assert "How the model uses its visual tokens" in html and page.tags.count("script") == 1
+    figures = [d for d in page.ids if d.startswith("figure-looks_dense-tiny")]
+    assert len(figures) == 1 and "Layers without the image" in html
+
+
+def test_broken_analyses_are_named(make_run_folder):
+    folder = make_run_folder(methods=("dense",), tasks=("forms",))
+    (folder / "analyses").mkdir()
+    (folder / "analyses" / "x.json").write_text('{"schema_version": 9}')
+    with pytest.raises(ValueError, match=r"x.json has schema 9; this code reads 1"):
+        build(folder)
+
+
+def test_published_rows_are_marked_and_stay_apart(html, run_folder):
+    section = html[html.index('id="published"') :]
+    section = section[: section.index("</section>")]
+    assert "Not measured here" in section and section.count("published, not measured here") == 12
+    assert "63.6" in section and "58.4" in section
+    assert not any("LLaVA-OV" in str(cell) for cell in json.loads((run_folder / "results.json").read_text())["cells"])
 
 
 def test_command_line(make_run_folder, tmp_path):
