@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLASH = "flash_attention_2"
-FLOAT32 = "float32_sdpa"  # training on a CPU (`visor.training.attention`): the backward in bfloat16 takes thrice as long
+FLOAT32 = "float32_sdpa"  # training on a CPU (`visor.training.attention`): bfloat16 has a slow backward there
 
 
 def cross_attention(
