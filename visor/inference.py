@@ -438,7 +438,7 @@ class LoadedModel:
         new_ids = sequences[:, prompt.input_ids_BP.shape[1] :].tolist()
         return [self._answer(*each) for each in zip(new_ids, kept, first.confidence, strict=True)]
 
-    def _answer(self, token_ids: list[int], kept: list[bool] | None, confidence: float) -> Generation:
+    def _answer(self, token_ids: list[int], kept: list[bool] | None, confidence: float | None = None) -> Generation:
         stop = self._stop_ids()
         end = next((index for index, token in enumerate(token_ids) if token in stop), len(token_ids))
         text = self.processor.tokenizer.decode(token_ids[:end], skip_special_tokens=True).strip()

@@ -47,7 +47,9 @@ def fallen(positions: Tensor, fall_B1: Tensor) -> Tensor:
     return positions - (fall_B1 if positions.ndim == 2 else fall_B1[..., None])
 
 
-def close_gaps(positions: Tensor, live_BN: Tensor, stay_BN: Tensor) -> tuple[Tensor, Tensor]:
+def close_gaps(
+    positions: Tensor, live_BN: Tensor, stay_BN: Tensor, former: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Positions once the values that only dropped tokens had are gone; and how far later tokens fall, [B, 1].
 
     Nothing here waits for the device or has a size that depends on data.
@@ -56,15 +58,17 @@ def close_gaps(positions: Tensor, live_BN: Tensor, stay_BN: Tensor) -> tuple[Ten
         positions: [B or 1, N] or [B or 1, N, A].
         live_BN: real tokens so far.
         stay_BN: those of them that stay.
+        former: the positions of the tokens so far, where a merge has just moved some.
     """
     positions = positions.expand(live_BN.shape[0], *positions.shape[1:])
     never = torch.iinfo(positions.dtype).max
 
-    def values_of(mask_BN: Tensor) -> Tensor:
+    def values_of(of: Tensor, mask_BN: Tensor) -> Tensor:
         mask = mask_BN if positions.ndim == 2 else mask_BN[..., None]
-        return positions.masked_fill(~mask, never).flatten(1).sort(dim=1).values
+        return of.masked_fill(~mask, never).flatten(1).sort(dim=1).values
 
-    before_BM, after_BM = values_of(live_BN), values_of(stay_BN)
+    before_BM = values_of(positions if former is None else former, live_BN)
+    after_BM = values_of(positions, stay_BN)
     candidate_BM = torch.searchsorted(after_BM, before_BM).clamp(max=after_BM.shape[1] - 1)
     first_BM = F.pad(before_BM[:, 1:] != before_BM[:, :-1], (1, 0), value=True)
     freed_BM = first_BM & (before_BM != never) & (after_BM.gather(1, candidate_BM) != before_BM)

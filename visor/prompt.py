@@ -47,7 +47,7 @@ class Generation:
     text: str
     token_ids: tuple[int, ...]
     kept: list[bool] | None
-    confidence: float | None = None
+    confidence: float | None = field(default=None, compare=False)  # answers are compared by what they say
 
 
 @dataclass(frozen=True)

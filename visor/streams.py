@@ -154,6 +154,7 @@ class PromptStreams:
         self.origin_BN: Tensor | None = None
         self.initial_BND = full.hidden_BND if reads_initial else None
         self.shift_B1: Tensor | None = None
+        self._former_positions: Tensor | None = None
         self.embedded_BPD: Tensor | None = None
         self.memo: dict[str, Any] = {}
         self._text: TokenStream | None = None
@@ -257,7 +258,7 @@ class PromptStreams:
         lengths = [text + count for text, count in zip(self.num_text, counts, strict=True)]
         index_BM, valid_BM = self.slots(stay_BN, lengths)
         if rotary_of is not None:
-            self.positions, fall_B1 = close_gaps(self.positions, valid_BN, stay_BN)
+            self.positions, fall_B1 = close_gaps(self.positions, valid_BN, stay_BN, self._former_positions)
             self.shift_B1 = fall_B1 if self.shift_B1 is None else self.shift_B1 + fall_B1
         self.positions = take(self.positions, index_BM)
         self.full = full.select(index_BM, valid_BM, full.group + 1)
@@ -271,11 +272,22 @@ class PromptStreams:
         self.origin_BN = index_BM if self.origin_BN is None else take(self.origin_BN, index_BM)
         self.last_B1 = torch.full_like(self.last_B1, index_BM.shape[1] - 1)
         self.num_visual = tuple(counts)
-        self._text_slots = self._visual_slots = self._visual = None
+        self._text_slots = self._visual_slots = self._visual = self._former_positions = None
 
     def rewrite(self, hidden_BND: Tensor, source_BN: Tensor) -> None:
-        """Give the live tokens new hidden states, and say for which live token each now stands."""
-        self.full_stream().hidden_BND = hidden_BND
+        """Give the live tokens new hidden states, and say for which live token each now stands.
+
+        One number a token is its place in the row, which is renumbered after this; places in an image (M-RoPE) and
+        DeepStack levels belong to the token.
+        """
+        full = self.full_stream()
+        full.hidden_BND = hidden_BND
+        if self.positions.ndim == 3:
+            self._former_positions = self.positions
+            self.positions = take(self.positions, source_BN)
+            full.rotary = tuple(take(part, source_BN) for part in full.rotary)
+        if self.deepstack is not None:
+            self.deepstack = self.deepstack.take(source_BN)
         self.origin_BN = source_BN if self.origin_BN is None else take(self.origin_BN, source_BN)
         if self.initial_BND is not None:
             self.initial_BND = take(self.initial_BND, source_BN)

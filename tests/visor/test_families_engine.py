@@ -20,6 +20,8 @@ from tiny_models import (
     wake_cross_blocks,
 )
 
+from budgets.geometry import from_config
+from budgets.registry import METHODS
 from budgets.schedule import dense
 from visor.decoder import install, running
 from visor.families.base import adapter_for
@@ -92,6 +94,21 @@ def test_a_batch_keeps_what_its_samples_keep_alone(family):
         assert (together[row] - alone).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["sparsevlm", "dart"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_merged_and_moved_tokens_keep_their_place_and_their_levels(family, method):
+    """SparseVLM puts recycled tokens behind the kept ones; a batch decodes as its samples do alone."""
+    model = model_of(family)
+    prompt, geometry = make_prompt(model, 3), from_config(model.config)
+    plan = [METHODS.get(method)().schedule(geometry, n) for n in visual_counts(prompt)]
+    with running(model, plan):
+        together = torch.stack(generate(model, prompt, 3).logits, 1)
+    for row in range(3):
+        with running(model, plan[row]):
+            alone = torch.stack(generate(model, single(prompt, row), 3).logits, 1)
+        assert (together[row] - alone[0]).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("family", NEW_FAMILIES)
 @pytest.mark.parametrize("no_image", [(1,), (0, 1)])
 def test_samples_without_image(family, no_image):
@@ -152,6 +169,8 @@ def test_closing_gaps():
     stay[0, 7] = True
     moved, fall = close_gaps(positions, live, stay)
     assert fall.tolist() == [[0]] and torch.equal(moved, positions)
+    swapped, fall = close_gaps(positions.flip(1), live.flip(1), stay.flip(1), positions)
+    assert fall.tolist() == [[0]] and torch.equal(swapped, positions.flip(1))
     stay[0, 2:8] = False  # nothing of the image is left: the text is contiguous
     moved, fall = close_gaps(positions, live, stay)
     assert fall.tolist() == [[3]] and moved[0, [0, 1, 8], 0].tolist() == [0, 1, 2]
