@@ -26,7 +26,16 @@ QUICK = {
 }
 
 
-def training(data, folder, file="good.json", train=("decoder", "projector"), processor=None, sgd=False, **changes):
+def training(
+    data,
+    folder,
+    file="good.json",
+    train=("decoder", "projector"),
+    processor=None,
+    sgd=False,
+    tensorboard=False,
+    **changes,
+):
     """A training of a fresh tiny base on LLaVA rows, at M3's scales.
 
     Args:
@@ -38,7 +47,7 @@ def training(data, folder, file="good.json", train=("decoder", "projector"), pro
     stream = Stream([LlavaSource(data[1] / file, data[1])], [1.0], seed=0)
     options = Optimisation(**{**QUICK, **changes})
     arguments = packed, train, NestedPooling((6, 3)), stream, encoder, options, folder, Processes(options.precision)
-    one = Training(*arguments)
+    one = Training(*arguments, tensorboard=tensorboard)
     if sgd:
         one.optimizer = torch.optim.SGD(one.parameters.values(), lr=options.peak_rate)
     return one
@@ -171,6 +180,16 @@ def test_a_checkpoint_of_other_parts_is_refused(llava_data, tmp_path):
     training(llava_data, tmp_path, steps=1).run()
     with pytest.raises(ValueError, match="trained other parts"):
         training(llava_data, tmp_path, steps=1, train=("projector",))
+
+
+def test_tensorboard_log(llava_data, tmp_path):
+    pytest.importorskip("tensorboard")
+    one = training(llava_data, tmp_path, steps=1, tensorboard=True)
+    one.run()
+    one.writer.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"scenes_per_second" in content and b"accuracy/odd" in content and b"passes/side 3" in content
 
 
 def test_tensorboard_is_optional(llava_data, tmp_path, monkeypatch):
