@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from types import SimpleNamespace
 
+import torch
 from tiny_models import make_model, make_prompt, visual_counts
 
 from visor.inference import LoadedModel
@@ -26,7 +27,11 @@ def samples(family: str, count: int = 8) -> list[PreparedSample]:
     model = loaded(family)
     prompt = make_prompt(model.model, count)
     fields = {name: prompt[name] for name in (*model.adapter.image_fields, "image_sizes") if name in prompt}
-    images = model.adapter.split_images(fields, count)
+    if family in ("smolvlm", "idefics3"):  # a prompt a row: two tiles side by side, and the whole image
+        sizes = torch.tensor([[56, 112]])
+        images = [{"pixel_values": prompt["pixel_values"][i : i + 1], "image_sizes": sizes} for i in range(count)]
+    else:
+        images = model.adapter.split_images(fields, count)
     prepared = []
     for row, (num_visual, image) in enumerate(zip(visual_counts(prompt), images, strict=True)):
         ids = prompt["input_ids"][row][prompt["attention_mask"][row].bool()].tolist()

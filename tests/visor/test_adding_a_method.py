@@ -1,4 +1,4 @@
-"""docs/adding-a-method.md followed to the letter from outside the tree: a package with an entry point, found by name."""
+"""docs/adding-a-method.md, followed from outside the tree: a package with an entry point, found by its name."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ A family joins by its name in `FAMILIES`; what does not apply stands in `REFUSED
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,22 +20,36 @@ from visor.decoder import running
 from visor.method import Method, tower_reduction
 
 FAMILIES = ("llava", "llava_onevision", "llava_next")
+JOINED = tuple(family for family in ALL_FAMILIES if family not in FAMILIES)  # three samples instead of eight
 BUDGET = 0.7
 COMPOSED = ("visionzip+fastv", "prumerge++pyramiddrop", "divprune+sparsevlm", "hired+dart", "random+vtw")
-TRAINED = [name for name in METHODS.names() if METHODS.get(name).trained]  # their own tests are test_modeling and below
+TRAINED = [name for name in METHODS.names() if METHODS.get(name).trained]  # their own tests are test_modeling*.py
 NAMES = [*(name for name in METHODS.names() if name not in TRAINED and name != "dense"), *COMPOSED]
-PACKED = "packs tiles|several packed tiles|cuts an image into tiles"
+TILES = ("llava_onevision", "llava_next", "smolvlm", "idefics3", "internvl")
+ANY_SIZE = ("qwen2_5_vl", "qwen3_vl")
 REFUSED = {
-    (name, family): PACKED for name in ("tome", "flowcut", "downsample") for family in ("llava_onevision", "llava_next")
+    **{(name, family): "dissolves its grid" for name in ("tome", "flowcut") for family in (*TILES, *ANY_SIZE)},
+    **{("downsample", family): "cuts an image into tiles" for family in TILES},
+    **{("downsample", family): "takes images of any size" for family in ANY_SIZE},
+    **{("pooling_by", family): "is not the square" for family in ANY_SIZE},
 }
-CASES = [(name, family) for name in NAMES for family in FAMILIES if (name, family) not in REFUSED]
+"""Refused by `schedule`, before anything runs."""
+REFUSED_LATER = {
+    (name, family): "several blocks of tokens"
+    for name in ("pooling", "pooling_by")
+    for family in ("smolvlm", "idefics3")
+}
+"""Refused when the prompt is built: only there an image of several tiles is several blocks."""
+APPLY = lambda family: [name for name in NAMES if (name, family) not in {**REFUSED, **REFUSED_LATER}]
+CASES = [(name, family) for family in FAMILIES for name in APPLY(family)]
+CASES_JOINED = [(name, family) for family in JOINED for name in APPLY(family)]
 
 
 @functools.cache
 def plan(name, family):
     """The schedule of each sample at the budget."""
     geometry, schedules = loaded(family).geometry, []
-    for sample in samples(family):
+    for sample in samples(family, 8 if family in FAMILIES else 3):
         method = METHODS.get(name)()
         try:
             method = fit(method, geometry, sample.num_visual, sample.num_text, BUDGET)
@@ -58,7 +73,8 @@ def encoded(model, prepared, schedules, taps):
 
 def run(name, family, attention="sdpa", rows=slice(None)):
     """(first token, tokens kept after the last reduction) of each sample."""
-    model, prepared, schedules = loaded(family, attention), samples(family)[rows], plan(name, family)[rows]
+    schedules = plan(name, family)
+    model, prepared, schedules = loaded(family, attention), samples(family, len(schedules))[rows], schedules[rows]
     vision = encoded(model, prepared, schedules, METHODS.get(name).taps)
     return [(answer.token_ids, answer.kept) for answer in model.generate(prepared, vision, schedules, 1)]
 
@@ -105,11 +121,23 @@ def test_the_cache_holds_what_the_schedule_says_whatever_ran_before(name, family
         loaded(family).decode(states, 2)
 
 
+@pytest.mark.parametrize(("name", "family"), CASES_JOINED)
+def test_a_batch_keeps_what_each_sample_keeps_alone_on_the_other_families(name, family):
+    together = run(name, family)
+    assert together == [run(name, family, rows=slice(i, i + 1))[0] for i in range(3)]
+
+
+@pytest.mark.parametrize(("name", "family"), REFUSED_LATER)
+def test_what_does_not_fit_a_prompt_is_refused_with_its_reason(name, family):
+    with pytest.raises(ValueError, match=REFUSED_LATER[name, family]):
+        run(name, family)
+
+
 @pytest.mark.parametrize(("name", "family"), REFUSED)
 def test_what_does_not_apply_is_refused_with_its_reason(name, family):
     geometry = loaded(family).geometry
     with pytest.raises(ValueError, match=REFUSED[name, family]):
-        METHODS.get(name)().schedule(geometry, samples(family)[0].num_visual)
+        METHODS.get(name)().schedule(geometry, samples(family, 3)[-1].num_visual)
 
 
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "sparsevlm-v2", "dart"])
@@ -134,3 +162,16 @@ def test_a_prompt_without_image_is_the_dense_model(name):
         found = model(input_ids=ids).logits
     with torch.no_grad():
         assert torch.allclose(found, model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_the_table_in_the_docs_is_this_one():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = {cells[0].strip("` "): cells[1:] for line in text.splitlines() if (cells := line.strip("| ").split(" | "))}
+    header = [cell.strip("` ") for cell in rows["method"]]
+    assert header == list(ALL_FAMILIES)
+    for name in METHODS.names():
+        if name in TRAINED or name == "dense":
+            continue
+        marks = [cell.strip() for cell in rows[name]]
+        expected = [(name, family) not in {**REFUSED, **REFUSED_LATER} for family in header]
+        assert [mark == "yes" for mark in marks] == expected, name

@@ -30,6 +30,11 @@ class Downsample(Method):
 
     def full_side(self, geometry: ModelGeometry, num_visual: int) -> int:
         """Side of the one tile's grid."""
+        if geometry.vision is not None and geometry.vision.image_size is None:
+            raise ValueError(
+                f"{self.title}: {geometry.name} takes images of any size, and its processor decides how many patches "
+                "that is; give the model smaller images (or a smaller max_pixels)"
+            )
         if geometry.vision is not None and geometry.vision.packs_tiles:
             raise ValueError(
                 f"{self.title}: {geometry.name} cuts an image into tiles by its size, so a smaller image is cut in "

@@ -5,7 +5,8 @@ the second.
 A tile of S x S tokens becomes side x side. An image of several packed tiles keeps the same share (side / S)^2 of its N
 tokens, a number that does not depend on how the tiles were packed: the overview gets its part of them, the packed rows
 the rest, each token the mean of a window (rows and columns cut as evenly as the number allows), each pooled row ended
-by the end of a line where the family has one.
+by the end of a line where the family has one. An image of dynamic resolution keeps the share that `side` is of LLaVA's
+grid, (side / 24)^2, its own grid cut in the same way.
 
 Shapes: B samples, N visual tokens, T after pooling, E feature width.
 """
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from visor.vision import ReducedFeatures, VisionFeatures
 
 
+DYNAMIC_SIDE = 24
+
+
 @METHODS.register("pooling")
 @dataclass(frozen=True)
 class Pooling(Method):
@@ -47,6 +51,8 @@ class Pooling(Method):
 
     def full_side(self, geometry: ModelGeometry, num_visual: int) -> int:
         """Side of a tile's grid."""
+        if geometry.vision is not None and geometry.vision.image_size is None:
+            return DYNAMIC_SIDE
         if geometry.vision is not None and geometry.vision.packs_tiles:
             return square_side(self.title, geometry.vision.visual_tokens_per_tile)
         return square_side(self.title, num_visual)
@@ -71,7 +77,11 @@ class Pooling(Method):
             rows = zip(vision.features_BND.unbind(), vision.tap("places").unbind(), strict=True)
             return ReducedFeatures(torch.stack([pool_packed(*row, keep) for row in rows]), None)
         side = isqrt(keep)
-        if vision.grid is None or side * side != keep or side > min(vision.grid):
+        if vision.grid is not None and (vision.grid[0] != vision.grid[1] or side * side != keep):
+            rows = [strips(row_NE, vision.grid[0], keep) for row_NE in vision.features_BND.unbind()]
+            places_T = torch.tensor(strip_places(*vision.grid, keep), device=rows[0].device)
+            return ReducedFeatures(torch.stack(rows), None, places_T.expand(batch, -1))
+        if vision.grid is None or side > min(vision.grid):
             raise ValueError(f"{self.title}: cannot average a token grid of {vision.grid} to {keep} tokens in a square")
         grid_BERC = vision.features_BND.transpose(1, 2).reshape(batch, width, *vision.grid)
         pooled_BERC = torch.nn.functional.adaptive_avg_pool2d(grid_BERC, side)
@@ -135,16 +145,28 @@ def strips(features_ME: torch.Tensor, num_rows: int, keep: int, end_E: torch.Ten
     import torch
 
     num_columns = len(features_ME) // num_rows
-    ends = int(end_E is not None and keep >= 2)
+    grid_RCE = features_ME.view(num_rows, num_columns, -1)
+    rows = []
+    for low, high, count, is_ended in cut(num_rows, num_columns, keep, end_E is not None):
+        strip_EC = grid_RCE[low:high].mean(0).T
+        pooled_CE = torch.nn.functional.adaptive_avg_pool1d(strip_EC[None], count)[0].T
+        rows.append(torch.cat([pooled_CE, end_E[None]]) if is_ended else pooled_CE)
+    return torch.cat(rows)
+
+
+def cut(num_rows: int, num_columns: int, keep: int, has_ends: bool = False) -> list[tuple[int, int, int, bool]]:
+    """Strips of rows that hold `keep` tokens: first row, the row behind the last, windows, and if an end is counted."""
+    ends = int(has_ends and keep >= 2)
     num_strips = max(1, min(num_rows, round((keep * num_rows / num_columns) ** 0.5), keep // (1 + ends)))
     while num_strips < num_rows and keep > num_strips * (num_columns + ends):
         num_strips += 1
-    grid_RCE = features_ME.view(num_rows, num_columns, -1)
-    rows = []
-    for strip in range(num_strips):
-        count = keep * (strip + 1) // num_strips - keep * strip // num_strips - ends
-        low, high = strip * num_rows // num_strips, (strip + 1) * num_rows // num_strips
-        strip_EC = grid_RCE[low:high].mean(0).T
-        pooled_CE = torch.nn.functional.adaptive_avg_pool1d(strip_EC[None], count)[0].T
-        rows.append(torch.cat([pooled_CE, end_E[None]]) if ends else pooled_CE)
-    return torch.cat(rows)
+    edge = lambda strip: strip * num_rows // num_strips
+    share = lambda strip: keep * (strip + 1) // num_strips - keep * strip // num_strips - ends
+    return [(edge(strip), edge(strip + 1), share(strip), bool(ends)) for strip in range(num_strips)]
+
+
+def strip_places(num_rows: int, num_columns: int, keep: int) -> list[int]:
+    """For each window of `cut` a token of the grid in its middle; all different."""
+    middles = lambda count: [(2 * i + 1) * num_columns // (2 * count) for i in range(count)]
+    strips_of = cut(num_rows, num_columns, keep)
+    return [(low + high) // 2 * num_columns + x for low, high, count, _ in strips_of for x in middles(count)]
