@@ -117,8 +117,14 @@ def lengths_of(rows: Sequence[Row]) -> tuple[int, int]:
 
 
 def macro_mean(by_kind: Mapping[str, Sequence[float]]) -> float:
-    """The mean over tasks of their mean scores, so that no task counts more for having more questions."""
-    return float(np.mean([np.mean(values) for values in by_kind.values()]))
+    """The mean over tasks of their mean scores, so that no task counts more for having more questions.
+
+    Kinds are of the form task/skill.
+    """
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for kind, values in by_kind.items():
+        by_task[kind.partition("/")[0]] += values
+    return float(np.mean([np.mean(values) for values in by_task.values()]))
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

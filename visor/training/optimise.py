@@ -227,7 +227,10 @@ class Training:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=optimisation.peak_rate, betas=(0.9, 0.98)
+            [group for group in groups if group["params"]],
+            lr=optimisation.peak_rate,
+            betas=(0.9, 0.98),
+            fused=processes.device.type in ("cpu", "cuda"),  # a tenth of a small model's step otherwise
         )
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if optimisation.ema else {}
         self.skipped = Skipped(folder / "skipped.jsonl", optimisation.max_skipped)

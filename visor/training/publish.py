@@ -118,7 +118,8 @@ on a laptop, and knows nothing but the seven small worlds of its base (see that 
 
 ## Data
 The training splits of its base's worlds, from other seeds; search on validation splits, labels of the router on scenes
-that no stage has trained on. Test splits share no seed, scan or image with any of them.
+that no stage has trained on (of the finite sets: validation splits). Test splits share no seed, scan or image with any
+of them.
 
 ## Recipe
 `python -m visor.training.chain --target {title}`; {facts["hardware"]} CPU, bfloat16 autocast with float32 attention.

@@ -11,7 +11,7 @@ import torch
 from tiny_checkpoint import make_image
 
 from visor.training.chain import CHAINS, run_chain, scaled
-from visor.training.explore import Labels
+from visor.training.explore import Labels, macro_mean
 from visor.training.fit_router import RouterFit, fit, split
 from visor.training.publish import card
 from visor.training.recipe import RECIPES, load
@@ -182,6 +182,10 @@ def test_a_split_never_parts_an_image():
     assert len(test) == 40
 
 
+def test_tasks_count_the_same_whatever_they_ask():
+    assert macro_mean({"a/one": [1.0], "a/two": [0.0, 0.0, 0.0], "b": [1.0]}) == pytest.approx((0.25 + 1.0) / 2)
+
+
 def test_labels_take_the_cheapest_that_suffices():
     scores = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.5, 0.985, 0.99], [1.0, 1.0, 0.0]])
     labels = Labels(torch.zeros(5, 1), scores, torch.arange(5), ["all"] * 5, [0.1, 0.2, 0.3])
@@ -205,8 +209,8 @@ def test_m3_gets_as_many_steps_as_visor():
 
 
 def test_a_trial_takes_a_share():
-    assert scaled(load("tiny-universal"), 0.001).optimisation.steps == 4
-    assert scaled(load("tiny-labels"), 0.01).exploration.num_examples == 40
+    assert scaled(load("tiny-universal"), 0.001).optimisation.steps == 3
+    assert scaled(load("tiny-labels"), 0.01).exploration.num_examples == 30
 
 
 @pytest.mark.parametrize(
