@@ -162,7 +162,7 @@ def test_pooling_keeps_places_in_the_image():
     loaded = loaded_of("qwen3_vl")
     sample = loaded.prepare(make_image(1, 128, 128), "what")
     assert sample.num_visual == 16
-    plan = METHODS.get("pooling")(side=2).schedule(loaded.geometry, 16)
+    plan = METHODS.get("pooling")(side=12).schedule(loaded.geometry, 16)  # half of LLaVA's side
     row = loaded.encode([sample], {"places"})[0]
     prompt = loaded.assemble([sample], [row], [plan])
     first = sample.input_ids.index(IMAGE_TOKEN)
