@@ -15,5 +15,6 @@ class Scenes(SyntheticTask):
     name: ClassVar[str] = "scenes"
     title: ClassVar[str] = "Scenes"
     metric: ClassVar[str] = "vqa_accuracy"
+    version: ClassVar[int] = 2
     kind: ClassVar[Kind] = "coarse"
     world: ClassVar[str] = "scenes"

@@ -57,7 +57,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         number = ""
         for k in range(num_digits):
             scan = int(pick(rng, scans_of_split(split)))
-            x, y = left + k * pitch_x, top + line * pitch_y + rng.uniform(-1, 1)
+            x, y = left + k * pitch_x, top + line * pitch_y
             number += paste_scan(canvas, scan, x, y, side, (("row", str(line + 1)), ("column", str(k + 1))))
         numbers.append(number)
 

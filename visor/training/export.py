@@ -24,9 +24,9 @@ def export(run: Path, out: Path) -> None:
     import torch
 
     from visor.training import stages
-    from visor.training.recipes import RECIPES
     from visor.training.tiny import STAGES
     from visor.training.tiny_model import TinyArchitecture
+    from visor.training.tiny_recipes import RECIPES
     from visor.training.trainer import load_weights
     from visor.training.vocabulary import build_processor
 

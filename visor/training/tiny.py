@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from visor.training import stages
     from visor.training.parallel import Group
-    from visor.training.recipes import RECIPES
     from visor.training.tiny_model import TinyArchitecture
+    from visor.training.tiny_recipes import RECIPES
     from visor.training.trainer import load_weights, train
 
     torch.set_num_threads(options.threads)
