@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, make_model, make_prompt, single
+from tiny_models import ALL_FAMILIES as FAMILIES
+from tiny_models import make_model, make_prompt, single
 
 from budgets.schedule import LayerMode
 from visor import decoder
@@ -22,7 +23,7 @@ def sample_of(family, attention="eager"):
     model = make_model(family, attention)
     prompt = single(make_prompt(model, 1), 0)
     loaded = LoadedModel(model, SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0)))
-    pixels = {name: prompt[name] for name in ("pixel_values", "image_sizes") if name in prompt}
+    pixels = {name: value for name, value in prompt.items() if name not in ("input_ids", "attention_mask")}
     ids = prompt["input_ids"][0].tolist()
     num_visual = int(torch.isin(prompt["input_ids"], torch.tensor(loaded.adapter.image_token_ids)).sum())
     prepared = PreparedSample(tuple(ids), len(ids) - num_visual, num_visual, pixels, "key")
@@ -54,7 +55,8 @@ def test_looking_changes_nothing_and_leaves_nothing(family):
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in loaded.adapter.decoder.layers)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# With DeepStack a layer's output is looked at after a level of features was added; transformers records it before.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])
 def test_cka_is_that_of_the_layers_hidden_states(family):
     model, prompt, loaded, prepared, vision = sample_of(family)
     with torch.no_grad():

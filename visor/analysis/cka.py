@@ -56,7 +56,10 @@ def hsic(k_NN: Tensor, l_NN: Tensor) -> float:
 
 
 def similarity_to_first(loaded: LoadedModel, prepared: PreparedSample, vision: VisionFeatures) -> LayerSimilarity:
-    """The terms of one image. Layer i's output is compared with layer 0's, so the first entry of a CKA is 1."""
+    """The terms of one image. Layer i's output is compared with layer 0's, so the first entry of a CKA is 1.
+
+    An output is what the next layer gets: in models with DeepStack, after the features that are added in between.
+    """
     places_V = visual_places(loaded, prepared)
     first: list[Tensor] = []
     cross, own = [], []
