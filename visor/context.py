@@ -115,7 +115,6 @@ class LayerContext:
         index_BM, valid_BM = self.streams.slots(mask_BN, lengths)
         return index_BM, torch.ones_like(index_BM, dtype=torch.bool) if valid_BM is None else valid_BM
 
-    @torch.no_grad()
     def attention_row(
         self, queries: Tensor | None = None, layer: int | None = None, weights: Tensor | None = None
     ) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -256,7 +256,8 @@ class ElasticDecoder:
                         f"keep_masks[{layer}]: {run.methods[layer].title} merges tokens, a mask is not all"
                     )
             else:
-                with torch.no_grad(), scoring():
+                # A compiled graph has no place for a clock.
+                with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else scoring():
                     selection = run.methods[layer].select_tokens(context)
                 kept_BN = selection.kept_BN
                 if selection.hidden_BND is not None:

@@ -10,7 +10,6 @@ after each of them, so a measured pass is slower than an unmeasured one: time a 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -44,9 +43,6 @@ def scoring_clock(synchronise: Callable[[], None] = lambda: None) -> Iterator[Sc
 
 def scoring() -> AbstractContextManager[None]:
     """Work that decides which tokens stay."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.compiler.is_compiling():  # a compiled graph has no place for a clock
-        return nullcontext()
     clock = _CLOCK.get()
     return nullcontext() if clock is None else _watched(clock)
 

@@ -81,6 +81,7 @@ class FlowCut(Method):
     def reduce_in_tower(self, walk: TowerWalk, tiles: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        from visor.stopwatch import scoring
         from visor.streams import take
         from visor.vision import reading_block
 
@@ -100,7 +101,8 @@ class FlowCut(Method):
                 bias_T1PP = bias_TP[:, None, None].expand(-1, -1, alive_TP.shape[1], -1)
             with reading_block(block, "qkv") as seen:
                 hidden_TPD = walk.feed_forward(block, walk.attend(block, hidden_TPD, bias_T1PP))
-            attention_TN, flow_TN = flow(seen, alive_TP, walk.num_heads, walk.has_cls)
+            with scoring():
+                attention_TN, flow_TN = flow(seen, alive_TP, walk.num_heads, walk.has_cls)
             running_TN = flow_TN if index == 0 else self.momentum * running_TN + (1 - self.momentum) * flow_TN
             if not self.cuts_after(index, num_blocks):
                 continue

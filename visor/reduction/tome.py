@@ -82,6 +82,7 @@ class ToMe(Method):
     def reduce_in_tower(self, walk: TowerWalk, tiles: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        from visor.stopwatch import scoring
         from visor.vision import reading_block, split_heads
 
         hidden_TPD = walk.embed(tiles)
@@ -97,10 +98,11 @@ class ToMe(Method):
             with reading_block(block, "k") as seen:
                 hidden_TPD = walk.attend(block, hidden_TPD, bias_T1PP)
             if left < live:
-                keys_TNd = split_heads(seen["k"], walk.num_heads).mean(1)[:, prefix:]
-                hidden_TND, size_TN, stays_TM = merge_pairs(
-                    hidden_TPD[:, prefix:], size_TP[:, prefix:], keys_TNd, live - left
-                )
+                with scoring():
+                    keys_TNd = split_heads(seen["k"], walk.num_heads).mean(1)[:, prefix:]
+                    hidden_TND, size_TN, stays_TM = merge_pairs(
+                        hidden_TPD[:, prefix:], size_TP[:, prefix:], keys_TNd, live - left
+                    )
                 hidden_TPD = torch.cat([hidden_TPD[:, :prefix], hidden_TND], dim=1)
                 size_TP = torch.cat([size_TP[:, :prefix], size_TN], dim=1)
                 origin_TP = origin_TP.gather(1, stays_TM)
