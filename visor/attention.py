@@ -44,9 +44,7 @@ def cross_attention(
         if repeats > 1:  # on CUDA, a mask together with enable_gqa falls back to the slow reference kernel
             keys_BGVd = keys_BGVd.repeat_interleave(repeats, dim=1)
             values_BGVd, repeats = values_BGVd.repeat_interleave(repeats, dim=1), 1
-    return F.scaled_dot_product_attention(
-        queries_BHTd, keys_BGVd, values_BGVd, attn_mask=mask, enable_gqa=repeats > 1
-    )
+    return F.scaled_dot_product_attention(queries_BHTd, keys_BGVd, values_BGVd, attn_mask=mask, enable_gqa=repeats > 1)
 
 
 def _flash(queries_BHTd: Tensor, keys_BGVd: Tensor, values_BGVd: Tensor) -> Tensor:
