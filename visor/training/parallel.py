@@ -22,6 +22,11 @@ class Group:
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("gloo")
 
+    def wait(self) -> None:
+        """Go on when all processes have come this far."""
+        if self.size > 1:
+            dist.barrier()
+
     def share(self, batch: list) -> list:
         """This process's part of a batch: every `size`-th item."""
         return batch[self.rank :: self.size]
