@@ -185,6 +185,7 @@ def bench_harness(model: str, limit: int, rounds: int) -> tuple[list[Promise], d
     from evaluations.cells import Planner, make_plan, plan_task
     from evaluations.config import RunConfig
     from evaluations.features import FeatureCache
+    from evaluations.models import Models
     from evaluations.progress import Progress
     from evaluations.records import RunFolder
     from evaluations.suite import load_suite
@@ -192,18 +193,19 @@ def bench_harness(model: str, limit: int, rounds: int) -> tuple[list[Promise], d
     from visor.inference import LoadedModel
 
     loaded = LoadedModel.load(model)
+    models = Models(loaded)
     task = TASKS.get("easy_vqa")()
     planned = plan_task("easy_vqa", task, task.samples(limit), 16, loaded)
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig.of(load_suite("smoke"), tasks=["easy_vqa"], methods=["dense"], model=model,
                               out=Path(scratch) / "run")  # fmt: skip
-        planner = Planner(loaded.geometry, config.dtype)
-        plan = make_plan(config, [planned], planner, loaded)
+        planner = Planner.of(models, config.dtype)
+        plan = make_plan(config, [planned], planner, models)
         turn = iter(range(1 << 30))
 
         def sweep() -> None:
             folder = RunFolder(Path(scratch) / f"run{next(turn)}")
-            job = Sweep(loaded, plan, planner, folder, "smoke", FeatureCache())
+            job = Sweep(models, plan, planner, folder, "smoke", FeatureCache())
             job.run(job.pending(), Progress("bench", limit, 0, None))
 
         def bare() -> None:

@@ -233,6 +233,8 @@ def digest(value: Any) -> str:
 def make_batches(samples: Sequence[Sample], batch_size: int) -> tuple[tuple[Sample, ...], ...]:
     """Batches in a fixed order, images kept together: an image with several questions is encoded once.
 
+    Images whose longest questions are about equally long share a batch, so that little of it is padding.
+
     The batches follow from the samples and the batch size alone. Rounding may depend on a batch's composition, so a
     continued run that cut its batches elsewhere could answer differently from an unbroken one.
     """
@@ -240,7 +242,8 @@ def make_batches(samples: Sequence[Sample], batch_size: int) -> tuple[tuple[Samp
     by_image: dict[str, list[Sample]] = {}
     for sample in sorted(samples, key=lambda sample: (sample.image_id, sample.sample_id)):
         by_image.setdefault(sample.image_id, []).append(sample)
-    for group in by_image.values():
+    longest = lambda group: max(len(sample.question) for sample in group)
+    for group in sorted(by_image.values(), key=longest):  # of equally long ones, in the order of their ids
         if len(batches[-1]) + len(group) > batch_size:
             batches.append([])
         for start in range(0, len(group), batch_size):

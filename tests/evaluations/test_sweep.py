@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,6 +204,15 @@ def test_batches_keep_an_image_together_and_depend_on_the_samples_alone():
              {s.image_id for s in samples}]  # fmt: skip
     assert all(len(home) == 1 for home in homes)
     assert [len(batch) for batch in make_batches(make_task("fake_a", 5, 5)().samples(None), 2)] == [2, 2, 1]
+
+
+def test_questions_of_a_batch_are_about_equally_long():
+    made = make_task("fake_a", 24)().samples(None)
+    samples = [replace(s, question="why " * (1 + i * 7 % 24), image_id=f"{i:02}") for i, s in enumerate(made)]
+    batches = make_batches(samples, 4)
+    padding = lambda batch: sum(max(len(s.question) for s in batch) - len(s.question) for s in batch)
+    in_any_order = [samples[i : i + 4] for i in range(0, 24, 4)]
+    assert sum(map(padding, batches)) < 0.3 * sum(map(padding, in_any_order))
 
 
 def plan_of(config, model=None):
