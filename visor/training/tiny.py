@@ -35,8 +35,10 @@ def train_dense(options: argparse.Namespace) -> None:
         "dense": stages.DenseStage,
     }
     last = options.stage if options.stage in STAGES else STAGES[-1]
+    # The first two need nothing of each other, and a begun dense stage has all parts in its own checkpoint.
+    alone = last in ("decoder", "tower") or (last == "dense" and (options.out / "dense.pt").exists())
     for name in STAGES[: STAGES.index(last) + 1]:
-        if options.only and name != last and last in ("decoder", "tower"):
+        if options.only and name != last and alone:
             continue
         stage, recipe, path = makers[name](model), RECIPES[name], options.out / f"{name}.pt"
         recipe = replace(recipe, steps=max(1, round(recipe.steps * options.share)))
