@@ -109,7 +109,7 @@ def test_minimum_runs_and_seconds(tmp_path):
     timing = make_pass(tmp_path, plan, methods=("dense",))
     timing.run(timing.pending(), Silent())
     rows = timing.folder.timings()
-    assert len(rows) > 2 and sum(row.end_to_end_ms for row in rows) >= 30
+    assert len(rows) >= 2 and sum(row.end_to_end_ms for row in rows) >= 30
     assert sum(row.end_to_end_ms for row in rows[:-1]) < 30
 
 
