@@ -35,9 +35,7 @@ def convert(
         ValueError: the family is not supported, the model is a VISOR model already, or a layer does not fit.
     """
     if getattr(base_model.config, "model_type", None) == VisorConfig.model_type:
-        raise ValueError(
-            "this is a VISOR model already; convert its base (`model.base`), or train it as it is"
-        )
+        raise ValueError("this is a VISOR model already; convert its base (`model.base`), or train it as it is")
     num_layers = len(adapter_for(base_model).decoder.layers)
     self_slots, cross_slots = default_layers(num_layers)
     config = VisorConfig(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from visor.synthetic import digits, easy_vqa
+from visor.synthetic.coverage import CELL, SHARE
 from visor.synthetic.world import IMAGE_SIZE, SLOTS, SPLITS, generator
 from visor.synthetic.worlds import WORLDS, scene
 from visor.training.symbolic import PatchWords
@@ -62,13 +63,32 @@ def test_answers_stand_in_the_image(world):
 
 def test_size_grows_the_scene():
     small, large = ([scene("glyphs", "train", i, size).difficulty for i in range(40)] for size in (0.0, 1.0))
-    assert max(small) == 2 and max(large) > 20
+    assert max(small) == 2 and max(large) == 16
 
 
 def test_easy_vqa_labels_lie_on_the_shape():
     one = scene("easy_vqa", "train", 3)
-    pixels, (label,) = np.asarray(one.image).astype(int), one.labels
-    assert np.abs(pixels[int(label.y), int(label.x)] - pixels[0, 0]).sum() > 60
+    pixels = np.asarray(one.image).astype(int)
+    center = one.labels[0]
+    assert np.abs(pixels[int(center.y), int(center.x)] - pixels[0, 0]).sum() > 60
+    for label in one.labels[1:]:
+        x, y = int(label.x) - CELL // 2, int(label.y) - CELL // 2
+        cell = np.abs(pixels[y : y + CELL, x : x + CELL] - pixels[0, 0]).sum(-1) > 60
+        assert label.words == center.words and cell.mean() >= SHARE
+
+
+@pytest.mark.parametrize("world", ["scenes", "charts", "easy_vqa"])
+def test_large_things_are_labelled_in_every_patch_that_they_cover(world):
+    patches, most = PatchWords(build_tokenizer(), 12), 0
+    for index in range(20):
+        shapes = {}
+        for label in scene(world, "train", index).labels:
+            if len(label.words) > 1:
+                shapes.setdefault(label.words, set()).add(patches.patch_of(label))
+        most = max([most, *map(len, shapes.values())])
+        taken = [patch for covered in shapes.values() for patch in covered]
+        assert len(taken) == len(set(taken)), f"{world} {index}: two shapes in one patch"
+    assert most >= 8
 
 
 def test_easy_vqa_labels_do_not_contradict_the_answers():

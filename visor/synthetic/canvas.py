@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from visor.synthetic.coverage import covered_cells
 from visor.synthetic.world import IMAGE_SIZE, Label, pick
 
 # DejaVu and STIX: free licences, shipped inside matplotlib.
@@ -73,6 +74,11 @@ class Canvas:
     def label(self, words: tuple[str, ...], x: float, y: float, facts: Facts = ()) -> None:
         """Record that `words` stand at (x, y), and what is true of them (`Label.facts`)."""
         self.labels.append(Label(words, x, y, tuple(facts)))
+
+    def label_cover(self, words: tuple[str, ...], mask: np.ndarray, facts: Facts = ()) -> None:
+        """Record `words` in every cell that a [H, W] mask covers, and `facts` in some of them (`covered_cells`)."""
+        for x, y, tell in covered_cells(mask):
+            self.label(words, x, y, facts if tell else ())
 
     def glyph(self, character: str, x: float, y: float, pixels: int, facts: Facts = ()) -> None:
         """Draw one character centred on (x, y) and label it."""

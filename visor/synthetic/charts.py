@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
+from PIL import ImageDraw
 
 from visor.synthetic.canvas import COLORS, LETTERS, Canvas, jitter_color
+from visor.synthetic.coverage import mask_of
 from visor.synthetic.world import Question, Scene, count_with_rivals, pick, pick_some
 
 VALUE = ("what is the value of {}?", "how much is {}?")
@@ -36,8 +40,10 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         read = [("value0", str(value)[0]), ("value1", str(value)[1])]
         known = [*read, ("color", color)] + ([("extreme", extremes[i])] if i in extremes else [])
         x, top = left + i * pitch, base - full * value / 100
-        canvas.draw.rectangle((x - width / 2, top, x + width / 2, base), fill=jitter_color(rng, color))
+        box = (x - width / 2, top, x + width / 2, base)
+        canvas.draw.rectangle(box, fill=jitter_color(rng, color))
         canvas.label((color, "bar"), x, (top + base) / 2, read)
+        canvas.label_cover((color, "bar"), mask_of(partial(ImageDraw.ImageDraw.rectangle, xy=box, fill=1)), read)
         canvas.glyph(name, x, base + 10, pixels, known)
         known_of += [(name, tuple(known)), (color, tuple(read))]
         canvas.text(str(value), x - 6.2, top - 9, pixels, 12.4)

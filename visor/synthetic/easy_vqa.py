@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from visor.synthetic.canvas import COLORS
+from visor.synthetic.coverage import covered_cells
 from visor.synthetic.world import IMAGE_SIZE, Label, Question, Scene, pick_some
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -64,13 +65,15 @@ def words_shown(questions: tuple[Question, ...]) -> tuple[str, ...]:
 
 
 def _labels(image: Image.Image, questions: tuple[Question, ...]) -> tuple[Label, ...]:
-    """What stands where, at the centre of what is not background."""
+    """What stands where: at the centre of what is not background, and in every cell that it covers."""
     pixels = np.asarray(image).astype(int)
     foreground = np.abs(pixels - pixels[0, 0]).sum(-1) > 60
     if not foreground.any():
         return ()
     ys, xs = np.nonzero(foreground)
-    return (Label(words_shown(questions), float(xs.mean()), float(ys.mean())),)
+    words = words_shown(questions)
+    cells = [Label(words, x, y) for x, y, _ in covered_cells(foreground)]
+    return (Label(words, float(xs.mean()), float(ys.mean())), *cells)
 
 
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:

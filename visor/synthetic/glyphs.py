@@ -13,8 +13,8 @@ ROW = ("read row {}.", "what does row {} say?")
 
 
 def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
-    """A grid of 1 to 6 rows of 2 to 5 characters."""
-    num_rows, num_columns = count_between(rng, 1, 6, size), count_between(rng, 2, 5, size)
+    """A grid of 1 to 4 rows of 2 to 4 characters."""
+    num_rows, num_columns = count_between(rng, 1, 4, size), count_between(rng, 2, 4, size)
     canvas = Canvas(rng, dark_probability=0.15)
     pixels = int(rng.integers(12, 16))
     pitch_x, pitch_y = rng.uniform(14, min(24, 128 / num_columns)), rng.uniform(14, min(24, 128 / num_rows))

@@ -6,10 +6,13 @@ Coarse: what they ask survives a small image.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
+from PIL import ImageDraw
 
 from visor.synthetic.canvas import COLORS, Canvas, jitter_color
+from visor.synthetic.coverage import mask_of
 from visor.synthetic.world import Question, Scene, count_between, pick, pick_some
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
@@ -48,12 +51,15 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         y = 72 * (quarter // 2) + rng.uniform(radius + 2, max(radius + 2.1, 70 - radius))
         fill = jitter_color(rng, color)
         if shape == "circle":
-            canvas.draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+            paint = partial(ImageDraw.ImageDraw.ellipse, xy=(x - radius, y - radius, x + radius, y + radius))
         else:
-            canvas.draw.polygon(_outline(shape, x, y, radius, rng.uniform(-0.3, 0.3)), fill=fill)
-        placed.append((y, x, (color, shape)))
-    for number, (y, x, words) in enumerate(sorted(placed), 1):
-        canvas.label(words, x, y, [("place", str(number))])
+            paint = partial(ImageDraw.ImageDraw.polygon, xy=_outline(shape, x, y, radius, rng.uniform(-0.3, 0.3)))
+        paint(canvas.draw, fill=fill)
+        placed.append((y, x, (color, shape), mask_of(partial(paint, fill=1))))
+    for number, (y, x, words, mask) in enumerate(sorted(placed, key=lambda one: one[:2]), 1):
+        place = [("place", str(number))]
+        canvas.label(words, x, y, place)
+        canvas.label_cover(words, mask, place)
 
     questions = [Question(pick(rng, COUNT), str(num_shapes), "scenes/count")]
     unique = [i for i in range(num_shapes) if shapes.count(shapes[i]) == 1]
