@@ -11,10 +11,9 @@ from budgets.policies import POLICIES
 from budgets.registry import METHODS, TASKS, UnknownNameError, nearest_first
 from evaluations.suite import Suite, SuiteTask
 from visor.checkpoint import embedded_names
+from visor.loading import ATTENTIONS, DTYPES
 
 DEVICES = ("cpu", "cuda", "mps")
-DTYPES = ("float32", "bfloat16", "float16")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 COST_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 THRESHOLDS = (0.5, 0.7, 0.9, 0.97)
 DEFAULT_POLICIES = ("fixed", "router", "random", "oracle")

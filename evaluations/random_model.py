@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from budgets.geometry import ModelGeometry
 from budgets.schedule import Reduction
 from visor.decoder import install
-from visor.inference import DTYPES, LoadedModel
+from visor.inference import LoadedModel
+from visor.loading import dtype_named
 from visor.prompt import PreparedSample
 from visor.vision import VisionFeatures, encode_inside, run_tower, whole_image_places
 
@@ -95,7 +96,7 @@ def build(
 
     config = hub_config(geometry)
     default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[dtype])  # as from_pretrained does: fp32 first would need twice the memory
+    torch.set_default_dtype(dtype_named(dtype))  # as from_pretrained does: fp32 first would need twice the memory
     try:
         with torch.device(device), no_init_weights():
             model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)

@@ -1,7 +1,8 @@
 """Token reduction before the decoder, inside a model's own forward (VISOR-TR): fewer features, fewer image tokens.
 
-The harness does the same for any method and caches features (`visor.inference`); this is for a model that carries its
-reduction in its config, so that `forward`, `generate`, training and pipelines need not know. Gradients reach the tower.
+The harness does the same for any method and caches features (`visor.encoder_side`, `visor.assembly`); this is for a
+model that carries its reduction in its config, so that `forward`, `generate`, training and pipelines need not know.
+Gradients reach the tower.
 
 Shapes: B batch, P prompt length, N visual tokens of an image, K of them that stay.
 """
@@ -9,7 +10,7 @@ Shapes: B batch, P prompt length, N visual tokens of an image, K of them that st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from budgets.geometry import ModelGeometry
 from budgets.registry import METHODS
+from visor.encoder_side import reduce_stack
 from visor.families.base import FamilyAdapter
 from visor.method import Method
 from visor.prompt import pixel_hash
-from visor.vision import VisionFeatures, encode_images, project
+from visor.vision import encode_images
 
 FILLS = {"attention_mask": 0, "labels": -100, "shift_labels": -100, "segment_ids": -1, "position_ids": 0}
 
@@ -139,13 +141,5 @@ def _reduced_images(
     for row, schedule, count in zip(rows, schedules, counts, strict=True):
         if schedule.image_scale == 1.0 and row.num_tokens != count:
             raise ValueError(f"an image gives {row.num_tokens} visual tokens, its prompt holds {count} image tokens")
-        features.append(_reduced(adapter, method, row, schedule.encoder)[0])
+        features.append(reduce_stack(adapter, row, schedule.encoder).features_BTD[0])
     return features, [len(each) for each in features]
-
-
-def _reduced(adapter: FamilyAdapter, method: Any, row: VisionFeatures, reduction: Any) -> Tensor:
-    if reduction is None:
-        return project(adapter, row.features_BND, row.stage)
-    if method.stage == "projected":
-        row = replace(row, features_BND=project(adapter, row.features_BND, row.stage), stage="projected")
-    return project(adapter, method.reduce_features(row, reduction.keep).features_BTD, row.stage)

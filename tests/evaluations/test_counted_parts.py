@@ -18,7 +18,7 @@ from budgets.geometry import from_config, load
 from budgets.registry import METHODS
 from evaluations.measure import cache_bytes
 from evaluations.random_model import RandomModel, build
-from visor.inference import taps_of
+from visor.encoder_side import taps_of
 from visor.method import tower_reduction
 from visor.stopwatch import scoring_clock
 

@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from budgets.geometry import from_config
 from budgets.registry import METHODS
 from budgets.schedule import dense
+from visor.assembly import image_arguments
 from visor.chat import load_processor
 from visor.decoder import running
 from visor.families.base import adapter_for
@@ -110,7 +111,7 @@ def test_dropping_before_the_decoder_equals_dropping_at_its_entrance(family, mes
     prompt = loaded.assemble([sample], loaded.encode([sample]), [plan])
     kept = prompt.kept[0]
     assert int(kept.sum()) == keep == prompt.features[0].shape[0]
-    image_inputs = loaded._image_arguments(prompt)
+    image_inputs = image_arguments(loaded.adapter, prompt)
     with torch.no_grad():
         short = loaded.model(
             input_ids=prompt.input_ids_BP,
@@ -126,7 +127,7 @@ def test_dropping_before_the_decoder_equals_dropping_at_its_entrance(family, mes
                 input_ids=full.input_ids_BP,
                 attention_mask=full.attention_mask_BP,
                 position_ids=full.positions_BP,
-                **loaded._image_arguments(full),
+                **image_arguments(loaded.adapter, full),
             ).logits[:, -1]
     assert (short - expected).abs().max() < TOLERANCE
 

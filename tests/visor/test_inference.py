@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from budgets.registry import METHODS
 from budgets.schedule import LayerOp, Reduction, Schedule, dense
-from visor import checkpoint
+from visor import checkpoint, greedy
 from visor.decoder import install
-from visor.inference import LoadedModel, taps_of
+from visor.encoder_side import taps_of
+from visor.inference import LoadedModel
 
 QUESTIONS = ("what is it?", "how many dots are there in the second row?", "hi")
 METHOD_SETTINGS = {
@@ -97,9 +98,10 @@ def test_dense_is_hugging_face_to_the_token(loaded, prepared):
 
 
 def test_an_answer_ends_at_the_stop_token(loaded):
-    generation = loaded._answer([20, 21, 2, 0, 0], None)
-    assert generation.token_ids == (20, 21)
-    assert generation.text == loaded.processor.tokenizer.decode([20, 21])
+    stop = greedy.stop_ids(loaded.model)
+    assert stop == {2}
+    assert greedy.until_stop([20, 21, 2, 0, 0], stop) == [20, 21]
+    assert greedy.until_stop([20, 21], stop) == [20, 21]
 
 
 # --- mixes ----------------------------------------------------------------------------------------------------------

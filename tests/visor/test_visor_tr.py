@@ -11,7 +11,8 @@ from visor_models import CROSS_LAYERS, SLOTS, make_visor
 from budgets.costs import price
 from budgets.registry import METHODS
 from visor.conversion import convert
-from visor.inference import LoadedModel, taps_of
+from visor.encoder_side import taps_of
+from visor.inference import LoadedModel
 
 REDUCTIONS = {
     "pooling_by": {"factor": 2},
