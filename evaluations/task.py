@@ -108,9 +108,11 @@ class SyntheticTask(Task):
         world: name of the world.
         size: scale of its scenes in [0, 1]; 1 is the largest the world draws.
         questions_per_image: how many of a scene's questions are asked.
+        skills: kinds of question that are asked (`Question.kind`); None is every kind of the world.
     """
 
     world: ClassVar[str]
+    skills: ClassVar[frozenset[str] | None] = None
     size: ClassVar[float] = 1.0
     questions_per_image: ClassVar[int] = 3
     splits: ClassVar[tuple[str, ...]] = ("validation", "test")
@@ -121,8 +123,9 @@ class SyntheticTask(Task):
             one = scene(self.world, split, index, self.size)
             image_id = image_id_of(one.image)
             # A scene lists its questions by kind: take them evenly spaced, starting anywhere, so that all kinds come.
-            num = min(self.questions_per_image, len(one.questions))
+            asked = [q for q in one.questions if self.skills is None or q.kind in self.skills]
+            num = min(self.questions_per_image, len(asked))
             for k in range(num):
-                question = one.questions[(index + k * len(one.questions) // num) % len(one.questions)]
+                question = asked[(index + k * len(asked) // num) % len(asked)]
                 yield Sample.make(self.name, one.image, image_id, question.text, (question.answer,), one.difficulty)
             index += 1

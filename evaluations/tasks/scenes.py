@@ -1,4 +1,4 @@
-"""Scenes: colour, shape, presence and number of large objects (VQA accuracy)."""
+"""Scenes: colour, shape and presence of large objects (VQA accuracy). Their number is a task of its own, `counting`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Scenes(SyntheticTask):
     name: ClassVar[str] = "scenes"
     title: ClassVar[str] = "Scenes"
     metric: ClassVar[str] = "vqa_accuracy"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     kind: ClassVar[Kind] = "coarse"
     world: ClassVar[str] = "scenes"
+    skills: ClassVar[frozenset[str]] = frozenset({"scenes/color", "scenes/shape", "scenes/present"})

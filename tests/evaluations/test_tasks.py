@@ -22,6 +22,13 @@ def test_samples_are_fixed_distinct_and_enough(name):
     assert answers.count(most_common) / len(answers) < 0.3, "one answer must not carry the task"
 
 
+def test_counting_asks_how_many_and_scenes_asks_the_rest():
+    questions = {name: [s.question for s in TASKS.get(name)().samples(60)] for name in ("counting", "scenes")}
+    assert all("how many" in question for question in questions["counting"])
+    assert not any("how many" in question for question in questions["scenes"])
+    assert {s.references[0] for s in TASKS.get("counting")().samples(60)} == {"1", "2", "3", "4"}
+
+
 def test_limit_and_names():
     with pytest.raises(ValueError, match="at least 1"):
         TASKS.get("forms")().samples(0)
