@@ -27,7 +27,7 @@ from budgets.geometry import ModelGeometry, load
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Schedule, dense
 from evaluations.machine import machine, state
-from evaluations.noise import Ratio, ratio_by_round
+from evaluations.noise import Ratio, ratio_by_round, turns
 from evaluations.records import write_json_atomically
 
 GROUPS = ("prefill", "decode", "harness", "sweep")
@@ -73,8 +73,7 @@ def interleaved(items: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     """Processor seconds of each item in every round; a different one begins each round. Nothing is warmed up here."""
     names, seconds = list(items), {name: [] for name in items}
     for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in turns(names, number):
             started = time.process_time()
             items[name]()
             seconds[name].append(time.process_time() - started)

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from evaluations.cells import Lengths, Plan, Planner, Setting, check_sample
 from evaluations.models import Models
+from evaluations.noise import turns
 from evaluations.progress import Progress
 from evaluations.records import RunFolder, TimingRecord
 from evaluations.suite import TimingPlan
 from visor.method import tower_reduction
-from visor.stopwatch import scoring_clock
+from visor.stopwatch import ScoringClock, scoring_clock
 
 if TYPE_CHECKING:
     from evaluations.task import Sample
@@ -44,7 +45,7 @@ class Run:
     """One measured pass from pixels to the last token.
 
     Args:
-        scoring: the part of tower and prefill that went into choosing tokens; None if it was not watched.
+        scoring: the part of tower and prefill that went into choosing tokens, and where.
         kv_bytes: keys and values that the caches hold after the prefill; None where the model does not tell.
     """
 
@@ -52,7 +53,7 @@ class Run:
     prefill: Clock
     decode: Clock
     end_to_end: Clock
-    scoring: Clock | None = None
+    scoring: ScoringClock
     kv_bytes: int | None = None
 
 
@@ -171,7 +172,7 @@ def run_once(
     clocks = (tower_clock, prefill_clock, decode_clock)
     total = Clock(sum(clock.wall_ms for clock in clocks), sum(clock.cpu_ms for clock in clocks))
     kv_bytes = None if None in held else sum(held)
-    return Run(*clocks, total, Clock(watch.wall_ms, watch.cpu_ms), kv_bytes)
+    return Run(*clocks, total, watch, kv_bytes)
 
 
 def routing_request(cost_weight: float | None) -> Any:
@@ -374,8 +375,8 @@ class TimingPass:
         while alive := [setting for setting in settings if setting.id not in failed]:
             if all(self._enough(number, seconds[setting.id]) for setting in alive):
                 break
-            batch, turn = batches[number % len(batches)], number % len(alive)
-            for setting in alive[turn:] + alive[:turn]:
+            batch = batches[number % len(batches)]
+            for setting in turns(alive, number):
                 run = attempt(setting, lambda s=setting, b=batch: self._once(s, b))
                 if run is not None:
                     seconds[setting.id] += run.end_to_end.wall_ms / 1e3

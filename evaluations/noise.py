@@ -11,10 +11,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 NOISY = 0.10  # spread relative to the median from which on a figure is flagged
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 NUM_RESAMPLES = 2000
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Spread:
     @property
     def is_noisy(self) -> bool:
         return self.noise > NOISY
+
+
+def turns(items: Sequence[Item], number: int) -> list[Item]:
+    """The order of a round: in each another item comes first."""
+    turn = number % len(items)
+    return [*items[turn:], *items[:turn]]
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -257,7 +257,7 @@ class ElasticDecoder:
                     )
             else:
                 # A compiled graph has no place for a clock.
-                with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else scoring():
+                with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else scoring("decoder"):
                     selection = run.methods[layer].select_tokens(context)
                 kept_BN = selection.kept_BN
                 if selection.hidden_BND is not None:

@@ -4,8 +4,9 @@
         loaded.prefill(...)
     clock.wall_ms, clock.cpu_ms
 
-Taps of the tower, an encoder-side rule and each in-decoder rule report here. The clock waits for the device before and
-after each of them, so a measured pass is slower than an unmeasured one: time a prefill and its scoring in runs apart.
+What reads the tower, an encoder-side rule and each in-decoder rule report here, each under its place. The clock waits
+for the device before and after each of them, so a measured pass is slower than an unmeasured one: time a prefill and
+its scoring in runs apart.
 """
 
 from __future__ import annotations
@@ -14,17 +15,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+PLACES = ("tower", "features", "decoder")
+"""Inside the tower (or on what it read there), on its output, and between decoder layers."""
 
 
 @dataclass
 class ScoringClock:
-    """What choosing tokens has taken so far, in milliseconds; `num_calls` counts the pieces."""
+    """What choosing tokens has taken so far, in milliseconds, by place (`PLACES`); `num_calls` counts the pieces."""
 
     synchronise: Callable[[], None]
-    wall_ms: float = 0.0
-    cpu_ms: float = 0.0
+    wall_ms_at: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PLACES, 0.0))
+    cpu_ms_at: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PLACES, 0.0))
     num_calls: int = 0
+
+    @property
+    def wall_ms(self) -> float:
+        """At all places."""
+        return sum(self.wall_ms_at.values())
+
+    @property
+    def cpu_ms(self) -> float:
+        """At all places."""
+        return sum(self.cpu_ms_at.values())
 
 
 _CLOCK: ContextVar[ScoringClock | None] = ContextVar("scoring clock", default=None)
@@ -32,7 +46,7 @@ _CLOCK: ContextVar[ScoringClock | None] = ContextVar("scoring clock", default=No
 
 @contextmanager
 def scoring_clock(synchronise: Callable[[], None] = lambda: None) -> Iterator[ScoringClock]:
-    """Within it, every `scoring()` block adds to the clock. `synchronise` waits for the device."""
+    """Within it, every `scoring(place)` block adds to the clock. `synchronise` waits for the device."""
     clock = ScoringClock(synchronise)
     token = _CLOCK.set(clock)
     try:
@@ -41,18 +55,19 @@ def scoring_clock(synchronise: Callable[[], None] = lambda: None) -> Iterator[Sc
         _CLOCK.reset(token)
 
 
-def scoring() -> AbstractContextManager[None]:
-    """Work that decides which tokens stay."""
+def scoring(place: str) -> AbstractContextManager[None]:
+    """Work that decides which tokens stay, at one of `PLACES`. Blocks do not nest."""
+    assert place in PLACES, place
     clock = _CLOCK.get()
-    return nullcontext() if clock is None else _watched(clock)
+    return nullcontext() if clock is None else _watched(clock, place)
 
 
 @contextmanager
-def _watched(clock: ScoringClock) -> Iterator[None]:
+def _watched(clock: ScoringClock, place: str) -> Iterator[None]:
     clock.synchronise()
     wall, cpu = time.perf_counter(), time.process_time()
     yield
     clock.synchronise()
-    clock.wall_ms += (time.perf_counter() - wall) * 1e3
-    clock.cpu_ms += (time.process_time() - cpu) * 1e3
+    clock.wall_ms_at[place] += (time.perf_counter() - wall) * 1e3
+    clock.cpu_ms_at[place] += (time.process_time() - cpu) * 1e3
     clock.num_calls += 1

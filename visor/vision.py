@@ -247,10 +247,9 @@ def run_tower(
     cls_T1D = chosen_TPD[:, :1] if has_cls and cuts_cls else None
     if not seen:
         return features_TND, cls_T1D, {}
-    with scoring():
-        num_heads = config.vision_config.num_attention_heads
-        # Not cut: the CLS is one of the N visual tokens (select strategy "full" over CLIP); it scores what it pays.
-        return features_TND, cls_T1D, read_taps(taps, seen, num_heads, has_cls and cuts_cls, int(cuts_cls))
+    num_heads = config.vision_config.num_attention_heads
+    # Not cut: the CLS is one of the N visual tokens (select strategy "full" over CLIP); it scores what it pays.
+    return features_TND, cls_T1D, read_taps(taps, seen, num_heads, has_cls and cuts_cls, int(cuts_cls))
 
 
 def check_taps(taps: Collection[str]) -> None:
@@ -271,17 +270,18 @@ def read_taps(
         first: place of the first patch among the P tokens.
     """
     values: dict[str, Tensor] = {}
-    for tap in sorted(set(taps) & set(BLOCK_OF_TAP)):
-        # PruMerge's last block is read as one head over the full width.
-        heads = 1 if tap.startswith("last_") else num_heads
-        block = seen[BLOCK_OF_TAP[tap]]
-        k_THPd = split_heads(block["k"], heads)
-        if tap.endswith("keys"):
-            values[tap] = k_THPd.mean(1)[:, first:]
-        elif from_cls:
-            values[tap] = attention_from_cls(split_heads(block["q"], heads), k_THPd)
-        else:
-            values[tap] = attention_received(split_heads(block["q"], heads), k_THPd)[:, first:]
+    with scoring("tower"):
+        for tap in sorted(set(taps) & set(BLOCK_OF_TAP)):
+            # PruMerge's last block is read as one head over the full width.
+            heads = 1 if tap.startswith("last_") else num_heads
+            block = seen[BLOCK_OF_TAP[tap]]
+            k_THPd = split_heads(block["k"], heads)
+            if tap.endswith("keys"):
+                values[tap] = k_THPd.mean(1)[:, first:]
+            elif from_cls:
+                values[tap] = attention_from_cls(split_heads(block["q"], heads), k_THPd)
+            else:
+                values[tap] = attention_received(split_heads(block["q"], heads), k_THPd)[:, first:]
     return values
 
 

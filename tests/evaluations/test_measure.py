@@ -172,12 +172,12 @@ class Chooser(FakeModel):
     """Takes 5 ms to choose tokens in the tower and 10 ms in the prefill."""
 
     def encode(self, prepared, taps, image_scale):
-        with scoring():
+        with scoring("tower"):
             time.sleep(0.005)
         return super().encode(prepared, taps, image_scale)
 
     def prefill(self, prepared, vision, schedules, num_new_tokens):
-        with scoring():
+        with scoring("features"):
             time.sleep(0.01)
         super().prefill(prepared, vision, schedules, num_new_tokens)
         layer = SimpleNamespace(keys=torch.zeros(2, 3), values=torch.zeros(2, 3))

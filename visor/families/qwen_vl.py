@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from budgets.registry import FAMILIES
 from visor.compat import deepstack_output, vision_rotated, vision_window_index
 from visor.families.merging import EncodedImage, MergingAdapter, reading
+from visor.stopwatch import scoring
 
 
 class QwenVLAdapter(MergingAdapter):
@@ -104,17 +105,18 @@ class QwenVLAdapter(MergingAdapter):
         levels = tuple(level[0] for level in getattr(output, "deepstack_features", None) or ())
         order = self.cell_order(pixel_inputs["image_grid_thw"])
         values: dict[str, Tensor] = {}
-        for tap, index in block_of.items():
-            q_SHd, k_SHd, _ = seen[index]["qkv"].unflatten(-1, (3, self.tower.config.num_heads, -1)).unbind(1)
-            if tap.endswith("keys"):  # before RoPE: what a patch is, not where
-                value_SE = k_SHd.flatten(1) if tap.startswith("last_") else k_SHd.mean(1)
-            else:
-                q_SHd, k_SHd = vision_rotated(blocks[index].attn, q_SHd, k_SHd, angles[index])
-                if tap.startswith("last_"):  # one head over the full width
-                    q_SHd, k_SHd = q_SHd.flatten(1)[:, None], k_SHd.flatten(1)[:, None]
-                value_SE = attention_received(q_SHd.transpose(0, 1)[None], k_SHd.transpose(0, 1)[None])[0]
-            value_NE = value_SE.unflatten(0, (-1, self.merge**2)).mean(1)
-            values[tap] = value_NE if order is None else value_NE[order.to(value_NE.device)]
+        with scoring("tower"):
+            for tap, index in block_of.items():
+                q_SHd, k_SHd, _ = seen[index]["qkv"].unflatten(-1, (3, self.tower.config.num_heads, -1)).unbind(1)
+                if tap.endswith("keys"):  # before RoPE: what a patch is, not where
+                    value_SE = k_SHd.flatten(1) if tap.startswith("last_") else k_SHd.mean(1)
+                else:
+                    q_SHd, k_SHd = vision_rotated(blocks[index].attn, q_SHd, k_SHd, angles[index])
+                    if tap.startswith("last_"):  # one head over the full width
+                        q_SHd, k_SHd = q_SHd.flatten(1)[:, None], k_SHd.flatten(1)[:, None]
+                    value_SE = attention_received(q_SHd.transpose(0, 1)[None], k_SHd.transpose(0, 1)[None])[0]
+                value_NE = value_SE.unflatten(0, (-1, self.merge**2)).mean(1)
+                values[tap] = value_NE if order is None else value_NE[order.to(value_NE.device)]
         if "places" in taps:
             values["places"] = whole_image_places(features_ND[None], (rows, columns))[0]
         return EncodedImage(features_ND, levels, values, (rows, columns))

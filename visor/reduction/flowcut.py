@@ -101,24 +101,24 @@ class FlowCut(Method):
                 bias_T1PP = bias_TP[:, None, None].expand(-1, -1, alive_TP.shape[1], -1)
             with reading_block(block, "qkv") as seen:
                 hidden_TPD = walk.feed_forward(block, walk.attend(block, hidden_TPD, bias_T1PP))
-            with scoring():
+            with scoring("tower"):
                 attention_TN, flow_TN = flow(seen, alive_TP, walk.num_heads, walk.has_cls)
-            running_TN = flow_TN if index == 0 else self.momentum * running_TN + (1 - self.momentum) * flow_TN
-            if not self.cuts_after(index, num_blocks):
-                continue
-            surplus_T = left_T - keep
-            if index < num_blocks - 1:
-                spread_T = entropy(attention_TN) / left_T.clamp(min=2).log()
-                share_T = (1 - spread_T.square()).clamp(min=0) / (num_blocks - index) ** 0.5
-                surplus_T = (surplus_T * share_T).round().long()
-            left_T = left_T - surplus_T
-            order_TN = running_TN.masked_fill(~alive_TN, -torch.inf).argsort(dim=1, descending=True, stable=True)
-            alive_TN = order_TN.argsort(dim=1) < left_T[:, None]
-            # Those that stay first, in order; a sample that cut more than another drags dead tokens along.
-            longest = int(left_T.max())
-            stay_TM = (~alive_TN).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-            alive_TN, origin_TN, running_TN = (x.gather(1, stay_TM) for x in (alive_TN, origin_TN, running_TN))
-            hidden_TPD = torch.cat([hidden_TPD[:, :prefix], take(hidden_TPD[:, prefix:], stay_TM)], dim=1)
+                running_TN = flow_TN if index == 0 else self.momentum * running_TN + (1 - self.momentum) * flow_TN
+                if not self.cuts_after(index, num_blocks):
+                    continue
+                surplus_T = left_T - keep
+                if index < num_blocks - 1:
+                    spread_T = entropy(attention_TN) / left_T.clamp(min=2).log()
+                    share_T = (1 - spread_T.square()).clamp(min=0) / (num_blocks - index) ** 0.5
+                    surplus_T = (surplus_T * share_T).round().long()
+                left_T = left_T - surplus_T
+                order_TN = running_TN.masked_fill(~alive_TN, -torch.inf).argsort(dim=1, descending=True, stable=True)
+                alive_TN = order_TN.argsort(dim=1) < left_T[:, None]
+                # Those that stay first, in order; a sample that cut more than another drags dead tokens along.
+                longest = int(left_T.max())
+                stay_TM = (~alive_TN).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+                alive_TN, origin_TN, running_TN = (x.gather(1, stay_TM) for x in (alive_TN, origin_TN, running_TN))
+                hidden_TPD = torch.cat([hidden_TPD[:, :prefix], take(hidden_TPD[:, prefix:], stay_TM)], dim=1)
         kept_TN = torch.zeros((num_tiles, num_visual), dtype=torch.bool, device=device)
         return hidden_TPD, kept_TN.scatter(1, origin_TN, True)
 

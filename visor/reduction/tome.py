@@ -98,7 +98,7 @@ class ToMe(Method):
             with reading_block(block, "k") as seen:
                 hidden_TPD = walk.attend(block, hidden_TPD, bias_T1PP)
             if left < live:
-                with scoring():
+                with scoring("tower"):
                     keys_TNd = split_heads(seen["k"], walk.num_heads).mean(1)[:, prefix:]
                     hidden_TND, size_TN, stays_TM = merge_pairs(
                         hidden_TPD[:, prefix:], size_TP[:, prefix:], keys_TNd, live - left
