@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from budgets.geometry import ModelGeometry
-from budgets.registry import UnknownNameError, nearest_first
+from budgets.registry import UnknownNameError, check_name
 from budgets.schedule import LayerMode, Schedule
 
 # Matrices of the MLP, and whether query and key widths differ from d.
@@ -30,9 +30,7 @@ CONVENTIONS = ("ours", *FORMULAS)
 
 def check_convention(name: str) -> None:
     """Refuse unknown names, listing those that exist."""
-    if name not in CONVENTIONS:
-        known = ", ".join(nearest_first(name, list(CONVENTIONS)))
-        raise UnknownNameError(f"unknown convention {name!r}; the conventions that exist, nearest first: {known}")
+    check_name("convention", name, CONVENTIONS)
 
 
 @dataclass(frozen=True)

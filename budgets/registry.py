@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -22,6 +22,29 @@ class UnknownNameError(ValueError):
 def nearest_first(name: str, known: list[str]) -> list[str]:
     """The known names, the most similar to `name` first."""
     return sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(), other))
+
+
+def check_name(kind: str, name: str, known: Sequence[str]) -> None:
+    """Refuse a name that does not exist.
+
+    Args:
+        kind: what is named, in the singular.
+
+    Raises:
+        UnknownNameError: the message lists the names that exist, nearest first.
+    """
+    if name not in known:
+        listed = ", ".join(nearest_first(str(name), list(known))) or "none"
+        raise UnknownNameError(f"unknown {kind} {name!r}; the {_plural(kind)} that exist, nearest first: {listed}")
+
+
+def _plural(kind: str) -> str:
+    """ "device of the roofline" to "devices of the roofline", "policy" to "policies", "analysis" to "analyses"."""
+    head, of, rest = kind.partition(" of ")
+    for ending, several in (("y", "ies"), ("is", "es")):
+        if head.endswith(ending):
+            return head.removesuffix(ending) + several + of + rest
+    return f"{head}s{of}{rest}"
 
 
 def parts_of(name: str) -> list[str]:
@@ -91,13 +114,12 @@ class Registry:
             ValueError: the parts of a composed name do not go together.
         """
         self._discover()
-        if self.composer is not None and "+" in name and name not in self._objects:
+        parts = parts_of(name)
+        # "fastv+" has one part, itself: a name like any other.
+        if self.composer is not None and len(parts) > 1 and name not in self._objects:
             module, _, function = self.composer.partition(":")
-            parts = parts_of(name)
             return getattr(importlib.import_module(module), function)(parts, [self.get(part) for part in parts])
-        if name not in self._objects:
-            known = ", ".join(nearest_first(name, self.names())) or "none"
-            raise UnknownNameError(f"unknown {self.kind} {name!r}; the {self.kind}s that exist, nearest first: {known}")
+        check_name(self.kind, name, self.names())
         return self._objects[name]
 
     def __iter__(self) -> Iterator[str]:

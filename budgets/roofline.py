@@ -18,7 +18,7 @@ from typing import Any
 
 from budgets.costs import price
 from budgets.geometry import ModelGeometry
-from budgets.registry import UnknownNameError, nearest_first
+from budgets.registry import check_name
 from budgets.schedule import LayerMode, Schedule
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -73,9 +73,7 @@ def device(name: str) -> Device:
     """
     if name == "cpu":
         return measured_cpu()
-    if name not in DEVICES:
-        known = ", ".join(nearest_first(name, device_names()))
-        raise UnknownNameError(f"unknown device {name!r}; the devices that exist, nearest first: {known}")
+    check_name("device", name, device_names())
     return DEVICES[name]
 
 

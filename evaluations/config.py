@@ -8,34 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from budgets.policies import POLICIES
-from budgets.registry import METHODS, TASKS, UnknownNameError, nearest_first
+from budgets.registry import METHODS, TASKS, check_name
 from evaluations.suite import Suite, SuiteTask
-from visor.checkpoint import embedded_names
+from visor import checkpoint
 from visor.loading import ATTENTIONS, DTYPES
 
 DEVICES = ("cpu", "cuda", "mps")
 COST_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 THRESHOLDS = (0.5, 0.7, 0.9, 0.97)
 DEFAULT_POLICIES = ("fixed", "router", "random", "oracle")
-
-
-def check_name(kind: str, name: str, known: list[str] | tuple[str, ...]) -> None:
-    """Refuse a name that does not exist, with those that do, nearest first."""
-    if name not in known:
-        listing = ", ".join(nearest_first(name, list(known))) or "none"
-        several = {"policy": "policies", "analysis": "analyses"}.get(kind, f"{kind}s")
-        raise UnknownNameError(f"unknown {kind} {name!r}; the {several} that exist, nearest first: {listing}")
-
-
-def check_model(name: str) -> None:
-    """A model is a shipped checkpoint, a folder with a config.json, or an `owner/name` of the Hugging Face Hub."""
-    path = Path(name).expanduser()
-    if name in embedded_names() or (path / "config.json").is_file():
-        return
-    if path.exists():
-        raise UnknownNameError(f"the model folder {name} holds no config.json; it takes one saved by save_pretrained")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        check_name("model", name, embedded_names())
 
 
 @dataclass(frozen=True)
@@ -120,10 +101,10 @@ class RunConfig:
             uses = lambda name, method=method: method in name or METHODS.get(name).changes_modes and method == "visor"
             if not any(uses(name) for name in self.methods):
                 raise ValueError(f"a checkpoint is given for {method!r}, but the methods are {', '.join(self.methods)}")
-            check_model(model)
+            checkpoint.locate(model)
         for task in self.tasks:
             TASKS.get(task.name)
-        check_model(self.model)
+        checkpoint.locate(self.model)
 
     @classmethod
     def of(

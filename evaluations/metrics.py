@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from budgets.registry import nearest_first
+from budgets.registry import check_name
 
 ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
@@ -96,9 +96,7 @@ def score(metric: str, answer: str, references: Sequence[str]) -> float:
     Raises:
         ValueError: unknown metric, or no reference to compare with.
     """
-    if metric not in METRICS:
-        known = ", ".join(nearest_first(metric, list(METRICS)))
-        raise ValueError(f"unknown metric {metric!r}; the metrics that exist: {known}")
+    check_name("metric", metric, list(METRICS))
     if not references:
         raise ValueError(f"{metric}: a sample needs at least one reference answer")
     return METRICS[metric](answer, references)

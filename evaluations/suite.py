@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from budgets.registry import UnknownNameError, nearest_first
+from budgets.registry import check_name
 
 SUITES_FOLDER = Path(__file__).parent / "suites"
 
@@ -92,9 +92,7 @@ def load_suite(name: str) -> Suite:
         if not path.is_file():
             raise SuiteError(f"the suite file {name} does not exist")
     else:
-        if name not in suite_names():
-            known = ", ".join(nearest_first(name, suite_names()))
-            raise UnknownNameError(f"unknown suite {name!r}; the suites that exist, nearest first: {known}")
+        check_name("suite", name, suite_names())
         path = SUITES_FOLDER / f"{name}.yaml"
     return _parse(path)
 

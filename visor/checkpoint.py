@@ -25,27 +25,41 @@ def embedded_names() -> list[str]:
     return sorted(folder.name for folder in CHECKPOINTS.iterdir() if (folder / "config.json").is_file())
 
 
-def resolve(name_or_path: str | Path) -> Path:
-    """The local folder of a checkpoint.
+def locate(name_or_path: str | Path) -> Path | None:
+    """The folder of a checkpoint that is on this machine; None for a Hub id (`organisation/name`), not yet fetched.
 
-    A folder is taken as it is, a bare name is looked up under `visor/checkpoints`, and `organisation/name` is fetched
-    from the Hugging Face Hub: the only case in which the network is used.
+    A folder is taken as it is, a bare name is looked up under `visor/checkpoints`. Reads no weights.
 
     Raises:
         ValueError: there is no such checkpoint; the message lists the embedded ones, nearest first.
     """
     text, path = str(name_or_path), Path(name_or_path).expanduser()
     for folder in (path, CHECKPOINTS / text):
-        if folder.is_dir():
+        if folder.exists():
             if not (folder / "config.json").is_file():
-                raise ValueError(f"{folder} is no checkpoint: it has no config.json")
+                raise ValueError(
+                    f"{folder} is no checkpoint: it has no config.json; give a folder that save_pretrained has written"
+                )
             return folder.resolve()
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
+        return None
     known = ", ".join(nearest_first(text, embedded_names())) or "none"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
-        raise ValueError(
-            f"unknown model {text!r}; the models that ship with the project, nearest first: {known}. A local folder or "
-            "the id of a model on the Hugging Face Hub (organisation/name) will do too"
-        )
+    raise ValueError(
+        f"unknown model {text!r}; the models that ship with the project, nearest first: {known}. A local folder or "
+        "the id of a model on the Hugging Face Hub (organisation/name) will do too"
+    )
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The local folder of a checkpoint (`locate`); a Hub id is fetched: the only case in which the network is used.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it cannot be fetched.
+    """
+    folder = locate(name_or_path)
+    if folder is not None:
+        return folder
+    text = str(name_or_path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -54,7 +68,7 @@ def resolve(name_or_path: str | Path) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{text!r} is no local folder, and fetching it from the Hugging Face Hub failed ({type(error).__name__}: "
-            f"{error}); the models that ship with the project: {known}"
+            f"{error}); the models that ship with the project: {', '.join(embedded_names()) or 'none'}"
         ) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from budgets.registry import nearest_first
+from budgets.registry import check_name, nearest_first
 from visor import checkpoint
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ def device_named(name: str) -> torch.device:
     accepted = {*known, *(["cuda"] if "cuda:0" in known else []), "cpu:0"}
     if name not in accepted:
         listed = ", ".join(nearest_first(str(name), known))
-        raise ValueError(f"unknown device {name!r}; the devices that exist here, nearest first: {listed}")
+        raise ValueError(
+            f"unknown device {name!r}; the devices that exist here, nearest first: {listed} (torch {torch.__version__} "
+            "sees no others)"
+        )
     return torch.device(name)
 
 
@@ -48,8 +51,7 @@ def dtype_named(name: str) -> torch.dtype:
     """
     import torch
 
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; the dtypes that exist: {', '.join(DTYPES)}")
+    check_name("dtype", name, DTYPES)
     return getattr(torch, name)
 
 
@@ -68,8 +70,7 @@ def load_model(
             are truncated, corrupt, not finite, incomplete or of another model (the message names the file).
     """
     target, weight_dtype = device_named(device), dtype_named(dtype)
-    if attention not in ATTENTIONS:
-        raise ValueError(f"unknown attention {attention!r}; the kernels that exist: {', '.join(ATTENTIONS)}")
+    check_name("attention", attention, ATTENTIONS)
     folder = checkpoint.resolve(name_or_path)
     checkpoint.verify_weights(folder)
     from transformers import AutoModelForImageTextToText

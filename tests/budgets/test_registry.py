@@ -41,6 +41,12 @@ def test_unknown_names_answer_with_the_nearest_first(package):
     assert issubclass(UnknownNameError, ValueError)
 
 
+@pytest.mark.parametrize("name", ["fastv+", "+", "fastv+visor+", "+fastv"])
+def test_a_plus_with_nothing_beside_it_is_an_unknown_name(name):
+    with pytest.raises(UnknownNameError, match="unknown method '.*'; the methods that exist, nearest first"):
+        METHODS.get(name)
+
+
 def test_nearest_first_ignores_case_and_breaks_ties_by_name():
     assert nearest_first("FASTV", ["visionzip", "fastv", "dense"])[0] == "fastv"
     assert nearest_first("q", ["b", "a"]) == ["a", "b"]

@@ -205,9 +205,10 @@ def test_a_checkpoint_of_another_base_is_refused(tmp_path):
 
 
 def test_which_checkpoint_a_method_runs_on(tmp_path, monkeypatch):
-    for room in ("models", "config"):
-        shipped = ["dense-tiny", "m3-tiny", "visor-tiny"]
-        monkeypatch.setattr(f"evaluations.{room}.embedded_names", lambda shipped=shipped: shipped)
+    for shipped in ("dense-tiny", "m3-tiny", "visor-tiny"):
+        (tmp_path / "shipped" / shipped).mkdir(parents=True)
+        (tmp_path / "shipped" / shipped / "config.json").write_text("{}")
+    monkeypatch.setattr("visor.checkpoint.CHECKPOINTS", tmp_path / "shipped")
     config = replace(make_config(tmp_path / "run"), model="dense-tiny")
     names = {m: checkpoint_for(m, config) for m in ("dense", "fastv", "visor", "visor+visionzip", "visor_tr2", "m3")}
     assert names == {"dense": "", "fastv": "", "visor": "visor-tiny", "visor+visionzip": "visor-tiny",

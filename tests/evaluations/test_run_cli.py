@@ -39,7 +39,7 @@ def test_help_answers_at_once():
 def test_names_are_checked_before_anything_is_loaded():
     status, out, message, imported = command("--model", "dense-tony")
     assert status == 2 and out == "" and "Traceback" not in message
-    assert "unknown model 'dense-tony'; the models that exist, nearest first:" in message
+    assert "unknown model 'dense-tony'; the models that ship with the project, nearest first:" in message
     assert not imported & {"torch", "transformers", "pandas"}
 
 
@@ -78,7 +78,7 @@ def test_bad_arguments_are_refused(arguments, expected, monkeypatch, capsys):
 
 def test_a_folder_that_is_no_model(tmp_path, capsys):
     assert main(["--model", str(tmp_path)]) == 2
-    assert "holds no config.json" in capsys.readouterr().err
+    assert "it has no config.json" in capsys.readouterr().err
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):

@@ -64,7 +64,7 @@ def test_edit_distance_by_hand():
 
 
 def test_bad_metric_or_no_reference():
-    with pytest.raises(ValueError, match="the metrics that exist: anls"):
+    with pytest.raises(ValueError, match="the metrics that exist, nearest first: anls"):
         score("anl", "a", ["b"])
     with pytest.raises(ValueError, match="at least one reference"):
         score("anls", "a", [])

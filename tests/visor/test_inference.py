@@ -286,8 +286,8 @@ def test_a_bare_name_is_an_embedded_checkpoint(folder, monkeypatch):
     [
         ({"device": "cuda:99"}, "unknown device 'cuda:99'; the devices that exist here, nearest first: .*cpu"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
-        ({"dtype": "float8"}, "unknown dtype 'float8'; the dtypes that exist: float32, bfloat16, float16"),
-        ({"attention": "flash"}, "unknown attention 'flash'; the kernels that exist: sdpa, eager"),
+        ({"dtype": "float8"}, "unknown dtype 'float8'; the dtypes that exist, nearest first: float16, float32"),
+        ({"attention": "flash"}, "unknown attention 'flash'; the attentions that exist, nearest first: flash_"),
     ],
 )
 def test_unknown_names_list_what_exists(folder, options, message):

@@ -151,7 +151,7 @@ def compose(names: Sequence[str], classes: Sequence[type[Method]]) -> type[Compo
         ValueError: a part named twice, or parts that decide the same thing.
     """
     if len(set(names)) < len(names):
-        raise ValueError(f"{'+'.join(names)}: a part is named twice")
+        raise ValueError(f"method {'+'.join(names)!r}: a part is named twice; each part acts once")
     return _compose(tuple(names), tuple(classes))
 
 
