@@ -1,11 +1,9 @@
-"""Who is worth looking at when accuracy costs something: dominance, frontier, hypervolume, and how sure we are.
+"""Who is worth looking at when accuracy costs something: dominance, frontier, hypervolume.
 
 A point is a cost (lower is better) and a score (higher is better).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -49,35 +47,3 @@ def hypervolume(
             area += (reference_cost - costs[index]) * (scores[index] - top)
             top = scores[index]
     return float(area)
-
-
-def probability_non_dominated(
-    costs: npt.ArrayLike,
-    sample_scores: npt.ArrayLike,
-    tasks: Sequence | None = None,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> np.ndarray:
-    """How often each point is on the frontier when the samples are drawn anew, [num_points] in 0..1.
-
-    Paired bootstrap: every point is scored on the same drawn samples. With tasks, samples are drawn within each task
-    and the score is the macro-average, as in the report's main table.
-
-    Args:
-        costs: [num_points]; taken as exact.
-        sample_scores: [num_points, num_samples].
-        tasks: the task of each sample; None for one task.
-    """
-    costs, sample_scores = np.asarray(costs, dtype=float), np.asarray(sample_scores, dtype=float)
-    if sample_scores.ndim != 2 or len(sample_scores) != len(costs) or sample_scores.shape[1] == 0:
-        raise ValueError(f"sample_scores must be [{len(costs)} points, num_samples > 0], got {sample_scores.shape}")
-    labels = np.zeros(sample_scores.shape[1], dtype=int) if tasks is None else np.unique(tasks, return_inverse=True)[1]
-    if len(labels) != sample_scores.shape[1]:
-        raise ValueError(f"tasks must name the task of each of {sample_scores.shape[1]} samples, got {len(labels)}")
-    groups = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
-    generator = np.random.default_rng(seed)
-    hits = np.zeros(len(costs))
-    for _ in range(num_resamples):
-        drawn = [generator.choice(group, size=len(group)) for group in groups]
-        hits += frontier(costs, np.mean([sample_scores[:, index].mean(axis=1) for index in drawn], axis=0))
-    return hits / num_resamples

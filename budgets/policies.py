@@ -167,13 +167,6 @@ def uniform(num_configurations: int, sample_ids: Sequence[str], seed: int = 0) -
     return np.array([int(_hashed(f"{seed}:uniform:{i}"), 16) % num_configurations for i in sample_ids], dtype=int)
 
 
-def expected_when_dealt(choices: npt.ArrayLike, values: npt.ArrayLike) -> float:
-    """Mean of `values` [num_samples, C] if these choices were dealt out at random: the expectation of `deal`."""
-    values = _matrix("values", values)
-    shares = np.bincount(np.asarray(choices), minlength=values.shape[1]) / len(values)
-    return float(shares @ values.mean(axis=0))
-
-
 def _hashed(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
