@@ -1,6 +1,6 @@
 """Numbers that others have published. Shown as published, never beside or among what was measured here.
 
-From the paper's tables as `VISOR.md` restates them: LLaVA-OneVision-0.5B, thirteen public benchmarks, means over its
+From the paper's tables: LLaVA-OneVision-0.5B, thirteen public benchmarks, means over its
 easy and its hard ones in %, and the saving in decoder FLOPs. Other weights, other tasks, other token counts.
 """
 

@@ -27,7 +27,7 @@ class VisorConfig(PreTrainedConfig):
         self_layers: slots (L_SA): decoder layers that may run on the whole sequence.
         cross_kernel: width of the depth-wise convolution over the visual tokens, odd.
         visual_source: what a CROSS layer reads: the "latest" visual tokens, reworked by the SELF layers before it, or
-            the "initial" ones, as they entered the decoder (VISOR.md: the sources disagree).
+            the "initial" ones, as they entered the decoder (the sources disagree).
         configurations: viable subsets of the slots, cheapest first; a configuration index is a place in this list.
             Default: none of the slots, and all of them.
         default_configuration: index used where a call names none; -1 is the last.

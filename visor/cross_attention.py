@@ -1,4 +1,4 @@
-"""The cross-attention block of VISOR: text reads the visual tokens, which stand still (VISOR.md, "Parts").
+"""The cross-attention block of VISOR: text reads the visual tokens, which stand still (arXiv 2603.23495).
 
 Pre-norm on both sides; grouped key/value heads as in the base model; a depth-wise convolution over the visual
 sequence as conditional positional encoding, x + conv(x); no RoPE; not causal. The output projection starts at zero, so

@@ -1,4 +1,4 @@
-"""The published figures of BASELINES.md section 3, reproduced through the public functions and the command line."""
+"""The methods' published figures, reproduced through the public functions and the command line."""
 
 import json
 

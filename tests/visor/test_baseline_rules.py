@@ -285,7 +285,7 @@ def test_sparsevlm_keeps_the_authors_tables():
             if 0 < tokens < 576:
                 assert METHODS.get(name)(tokens=tokens).kept(576) == list(counts), version
     schedule = METHODS.get("sparsevlm")(tokens=192).schedule(LLAVA, 576)
-    assert sum(schedule.visual_tokens) / 32 == 206.5  # BASELINES.md, section 3
+    assert sum(schedule.visual_tokens) / 32 == 206.5  # the mean that its authors count
     v2 = METHODS.get("sparsevlm-v2")().schedule(LLAVA, 576)
     assert v2.visual_tokens == tuple([576] * 3 + [300] * 4 + [200] * 9 + [118] * 16) and v2.positions == "kept"
 

@@ -1,4 +1,4 @@
-"""Every method on every family that it applies to (BASELINES.md, 4): batched or alone, under any attention kernel,
+"""Every method on every family that it applies to: batched or alone, under any attention kernel,
 before and after another method, it keeps the same tokens; and the cache holds what the schedule says.
 
 A family joins by its name in `FAMILIES`; what does not apply stands in `REFUSED` with the reason that the user reads.

@@ -1,4 +1,4 @@
-"""The three observations that VISOR rests on (VISOR.md, "Evidence"), to be made again on any supported model.
+"""The three observations that VISOR rests on (arXiv 2603.23495), to be made again on any supported model.
 
     attention      how much of what the text attends to is image, layer by layer
     cka            how far the visual tokens have moved from what they were after the first layer

@@ -1,6 +1,6 @@
 """Pooling by a factor: a half or a quarter of the visual tokens, each the mean of two or four neighbours.
 
-What VISOR-TR puts before the decoder (VISOR.md, "VISOR-TR": pooled 2x / 4x). A grid is halved along its columns, or
+What VISOR-TR puts before the decoder (arXiv 2603.23495: pooled 2x / 4x). A grid is halved along its columns, or
 along both sides; packed tiles are pooled as `pooling` does it, to as many tokens.
 """
 

@@ -1,6 +1,6 @@
 """The embedded models' tokenizer and processor: whole words for phrasing, one token a character for what images show.
 
-One token a character makes "find this key in the image" a copy instead of a translation (TRAINING.md). Any other
+One token a character makes "find this key in the image" a copy instead of a translation. Any other
 word falls back to its letters.
 """
 
