@@ -18,8 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from budgets.registry import check_name
+from evaluations.arguments import names
 from evaluations.records import RecordsError, RunFolder, read_json, write_json_atomically
-from evaluations.run import FAILURES, INTERRUPTED, OK, USAGE, names, say
+from evaluations.run import FAILURES, INTERRUPTED, OK, USAGE, load_model, make_report, say
+from evaluations.run_file import card_says_trained
 from evaluations.suite import load_suite, suite_names
 
 if TYPE_CHECKING:
@@ -56,12 +59,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, load: Callable[[RunConfig], Any] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, load: Callable[[RunConfig], Any] = load_model) -> int:
     """The command. Returns the exit status."""
     options = vars(make_parser().parse_args(sys.argv[1:] if argv is None else argv))
     only, report = options.pop("only"), options.pop("report")
     try:
-        from evaluations.config import RunConfig, check_name
+        from evaluations.config import RunConfig
 
         for kind in only:
             check_name("analysis", kind, KINDS)
@@ -81,7 +84,7 @@ def analysis_path(folder: Path, model: str) -> Path:
 
 
 def analyse(
-    config: RunConfig, only: Sequence[str], report: bool = True, load: Callable[[RunConfig], Any] | None = None
+    config: RunConfig, only: Sequence[str], report: bool = True, load: Callable[[RunConfig], Any] = load_model
 ) -> int:
     """Run the analyses and write them down, task by task.
 
@@ -90,11 +93,10 @@ def analyse(
     """
     from budgets.registry import TASKS
     from evaluations.progress import progress
-    from evaluations.run import card_says_trained, load_model
 
     started = time.monotonic()
     say(f"loading {config.model} on {config.device} ({config.dtype}, {config.attention} attention)")
-    loaded = (load or load_model)(config)
+    loaded = load(config)
     folder = RunFolder(config.out)
     path = analysis_path(config.out, config.model)
     document = _document(path, config, loaded, card_says_trained(loaded.card))
@@ -117,9 +119,7 @@ def analyse(
                 line.advance(1, f"{name} {kind}")
         report_path = report_error = None
         if report and folder.run_path.exists():
-            from evaluations.run import _report
-
-            report_path, report_error = _report(folder)
+            report_path, report_error = make_report(folder)
     print(
         json.dumps(
             {

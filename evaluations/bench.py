@@ -26,6 +26,7 @@ from budgets.costs import price
 from budgets.geometry import ModelGeometry, load
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Schedule, dense
+from evaluations.arguments import integers
 from evaluations.machine import machine, state
 from evaluations.noise import Ratio, ratio_by_round, turns
 from evaluations.records import write_json_atomically
@@ -271,7 +272,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--only", default=",".join(GROUPS), metavar="A,B", help=f"of {', '.join(GROUPS)} (default: all)")
     add("--geometry", default="llava-onevision-0.5b", help="of the engine's part (default: %(default)s)")
     add("--dtype", default="float32", help="of the engine's part (default: %(default)s)")
-    add("--visual-tokens", default="729,2916", metavar="N,N", help="of the engine's part (default: %(default)s)")
+    add("--visual-tokens", type=integers, default="729,2916", metavar="N,N",
+        help="of the engine's part (default: %(default)s)")  # fmt: skip
     add("--model", default="dense-tiny", help="of the harness's part (default: %(default)s)")
     add("--limit", type=int, default=64, help="samples of the harness's part (default: %(default)s)")
     add("--rounds", type=int, default=5, help="default: %(default)s")
@@ -287,10 +289,9 @@ def execute(options: argparse.Namespace) -> int:
         ValueError: the request cannot be met.
     """
     groups = [name.strip() for name in options.only.split(",") if name.strip()]
-    if unknown := sorted(set(groups) - set(GROUPS)) or not groups:
-        raise ValueError(f"--only takes some of {', '.join(GROUPS)}, got {options.only!r} ({unknown})")
-    visual_tokens = [int(part) for part in options.visual_tokens.split(",")]
-    if min(options.rounds, options.limit, options.threads, *visual_tokens) < 1:
+    if not groups or not set(groups) <= set(GROUPS):
+        raise ValueError(f"--only takes some of {', '.join(GROUPS)}, got {options.only!r}")
+    if min(options.rounds, options.limit, options.threads, *options.visual_tokens) < 1:
         raise ValueError("--rounds, --limit, --threads and --visual-tokens must be at least 1")
     import torch
 
@@ -303,7 +304,7 @@ def execute(options: argparse.Namespace) -> int:
         parts = []
         if {"prefill", "decode"} & set(groups):
             engine = Engine(load(options.geometry), options.dtype)
-            parts.append(lambda: bench_engine(engine, visual_tokens, groups, options.rounds))
+            parts.append(lambda: bench_engine(engine, options.visual_tokens, groups, options.rounds))
         if "harness" in groups:
             parts.append(lambda: bench_harness(options.model, options.limit, options.rounds))
         if "sweep" in groups:
@@ -321,7 +322,8 @@ def execute(options: argparse.Namespace) -> int:
     document = {
         "created": datetime.now(timezone.utc).isoformat(), "packages": packages(),
         "machine": {**started, "end": state()}, "missed": missed,
-        "options": {name: str(value) for name, value in vars(options).items() if value is not None},
+        "options": {name: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                    for name, value in vars(options).items() if value is not None},
         "promises": [{**asdict(promise), "verdict": promise.verdict} for promise in promises],
         "processor_seconds": seconds,
     }  # fmt: skip

@@ -12,10 +12,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluations.arguments import method_and_model, names, numbers
 from evaluations.suite import load_suite, suite_names
 
 if TYPE_CHECKING:
@@ -31,27 +31,6 @@ OK, FAILURES, USAGE, INTERRUPTED = 0, 1, 2, 130
 def say(text: str) -> None:
     """A line for people; stdout is kept for results."""
     print(text, file=sys.stderr, flush=True)
-
-
-def names(text: str) -> list[str]:
-    """ "a,b" to ["a", "b"]."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def numbers(text: str, what: str = "budgets") -> list[float]:
-    """ "0.5,0.25" to [0.5, 0.25]."""
-    try:
-        return [float(part) for part in names(text)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{what} are numbers like 0.5,0.25, got {text!r}") from None
-
-
-def method_and_model(text: str) -> tuple[str, str]:
-    """ "visor=FOLDER" to ("visor", "FOLDER")."""
-    method, equals, model = text.partition("=")
-    if not (method and equals and model):
-        raise argparse.ArgumentTypeError(f"a checkpoint is given as METHOD=MODEL, like visor=my-visor, got {text!r}")
-    return method, model
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -147,24 +126,11 @@ def execute(
     Raises:
         ValueError: the request cannot be met; nothing has been run.
     """
-    from evaluations.cells import Planner, make_plan
-    from evaluations.models import Models
-    from evaluations.records import RunFolder, setting_id
+    from evaluations.records import RunFolder
+    from evaluations.run_file import write_run
 
     started = time.monotonic()
-
-    def load_and_say(each: RunConfig) -> Any:
-        say(f"loading {each.model} on {each.device} ({each.dtype}, {each.attention} attention)")
-        return load(each)
-
-    models = Models.load(config, load_and_say)
-    planner = Planner.of(models, config.dtype)
-    tasks = [_plan_task(entry, config, models) for entry in config.tasks]
-    validates = "per-task" in config.policies and any(each.geometry.visor for each in models.all)
-    validation = [_plan_task(entry, config, models, "validation") for entry in config.tasks] if validates else []
-    plan = make_plan(config, tasks, planner, models, validation)
-    for entry in plan.unreachable:
-        say(f"left out: {setting_id(entry['method'], entry['budget'], entry['policy'])}: {entry['reason']}")
+    models, planner, plan = _plan(config, load)
     if dry_run:
         print(dry_run_table(plan, planner))
         print(json.dumps({"dry_run": True, "run_folder": str(config.out), "cells": len(plan.all_cells),
@@ -172,10 +138,10 @@ def execute(
         return OK
     folder = RunFolder(config.out)
     with folder.locked():
-        _write_run(config, command, folder, plan, models)
+        write_run(config, command, folder, plan, models)
         result, hit_rate = _accuracy(config, folder, plan, planner, models)
         untimed = _timing(config, folder, plan, planner, models) if config.timing else {}
-        report_path, report_error = _report(folder) if report else (None, None)
+        report_path, report_error = make_report(folder) if report else (None, None)
     failed = result.num_failed_cells + result.num_failed_samples > 0 or bool(untimed) or report_error is not None
     print(
         json.dumps(
@@ -195,6 +161,27 @@ def execute(
         )
     )
     return FAILURES if failed else OK
+
+
+def _plan(config: RunConfig, load: Callable[[RunConfig], Any]) -> tuple[Models, Planner, Plan]:
+    """The models, loaded, and what they will be asked."""
+    from evaluations.cells import Planner, make_plan
+    from evaluations.models import Models
+    from evaluations.records import setting_id
+
+    def load_and_say(each: RunConfig) -> Any:
+        say(f"loading {each.model} on {each.device} ({each.dtype}, {each.attention} attention)")
+        return load(each)
+
+    models = Models.load(config, load_and_say)
+    planner = Planner.of(models, config.dtype)
+    tasks = [_plan_task(entry, config, models) for entry in config.tasks]
+    validates = "per-task" in config.policies and any(each.geometry.visor for each in models.all)
+    validation = [_plan_task(entry, config, models, "validation") for entry in config.tasks] if validates else []
+    plan = make_plan(config, tasks, planner, models, validation)
+    for entry in plan.unreachable:
+        say(f"left out: {setting_id(entry['method'], entry['budget'], entry['policy'])}: {entry['reason']}")
+    return models, planner, plan
 
 
 def _plan_task(entry: Any, config: RunConfig, models: Models, split: str = "test") -> PlannedTask:
@@ -228,107 +215,6 @@ def dry_run_table(plan: Plan, planner: Planner) -> str:
         lines.append(f"{cell.task.name:22} {cell.setting.id:22} {len(cell.task.samples):7} {figures}  {key}")
     lines.append("GFLOPs: prefill of the decoder layers, 2 x MACs; visual tokens: mean over the layers.")
     return "\n".join(lines)
-
-
-def _checkpoint(name: str, loaded: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "path": str(loaded.path),
-        "sha256": loaded.checkpoint_sha256,
-        "trained": card_says_trained(loaded.card),
-        "card": loaded.card,
-    }
-
-
-def _write_run(config: RunConfig, command: str, folder: RunFolder, plan: Plan, models: Models) -> None:
-    """Write run.json, or extend that of an earlier run in the folder."""
-    from evaluations.provenance import collect
-    from evaluations.records import RunFolder
-
-    checkpoint = _checkpoint(config.model, models.base)
-    others = {method: _checkpoint(name, models[name]) for method, name in models.by_method.items()}
-    suite_tasks = {
-        task.name: {
-            "name": task.name, "title": task.task.title, "version": task.task.version, "metric": task.task.metric,
-            "kind": task.task.kind, "num_samples": len(task.samples),
-        }
-        for task in plan.tasks
-    }  # fmt: skip
-    provenance = collect(config.device, config.dtype, config.attention, checkpoint)
-    cells, created, commands = [cell.key for cell in plan.all_cells], datetime.now(timezone.utc).isoformat(), [command]
-    unreachable = list(plan.unreachable)
-    if folder.run_path.exists():
-        earlier = RunFolder.open(folder.path).read_run()
-        check_continues(earlier, config, checkpoint["sha256"], suite_tasks, folder, others)
-        others = {**earlier["provenance"].get("checkpoints", {}), **others}
-        earlier_tasks = {task["name"]: task for task in earlier["suite"]["tasks"]}
-        suite_tasks = {**earlier_tasks, **suite_tasks}
-        cells = list(dict.fromkeys([*earlier["cells"], *cells]))
-        created, commands = earlier["created"], list(dict.fromkeys([*earlier["commands"], command]))
-        unreachable = [e for e in earlier["unreachable"] if e["method"] not in config.methods] + unreachable
-    folder.write_run(
-        {
-            "created": created,
-            "command": command,
-            "commands": commands,
-            "config": config.to_dict(),
-            "suite": {
-                "name": config.suite.name, "title": config.suite.title, "description": config.suite.description,
-                "tasks": list(suite_tasks.values()),
-            },
-            "provenance": {**provenance, "checkpoints": others},
-            "limit": config.limit,
-            "unreachable": unreachable,
-            "not_timed": {},
-            "cells": cells,
-        }
-    )  # fmt: skip
-
-
-def card_says_trained(card: str | None) -> bool | None:
-    """What the line `trained: true` or `trained: false` of a model card says; None where there is no such line.
-
-    A folder of random weights can only be told from a trained one by what its maker wrote.
-    """
-    for line in (card or "").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip().lower() == "trained" and value.strip().lower() in ("true", "false"):
-            return value.strip().lower() == "true"
-    return None
-
-
-def check_continues(
-    earlier: dict[str, Any],
-    config: RunConfig,
-    checkpoint: str,
-    tasks: dict[str, dict[str, Any]],
-    folder: RunFolder,
-    others: dict[str, dict[str, Any]],
-) -> None:
-    """Refuse to mix two runs in a folder. Methods, budgets and tasks may be added; nothing else may differ.
-
-    Raises:
-        ValueError: something else differs; the message says what.
-    """
-    now = {**config.to_dict(), "checkpoint": checkpoint}
-    before = {**earlier["config"], "checkpoint": earlier["provenance"]["checkpoint"]["sha256"]}
-    must_agree = ("suite", "checkpoint", "device", "dtype", "attention", "batch_size", "limit", "seed")
-    differ = [f"{name} was {before[name]}, now {now[name]}" for name in must_agree if before[name] != now[name]]
-    for method, each in earlier["provenance"].get("checkpoints", {}).items():
-        if method in others and others[method]["sha256"] != each["sha256"]:
-            differ.append(f"checkpoint of {method} was {each['name']}, now {others[method]['name']} or other weights")
-    for task in earlier["suite"]["tasks"]:
-        same = tasks.get(task["name"], task)
-        differ += [
-            f"{name} of task {task['name']} was {task[name]}, now {same[name]}"
-            for name in ("version", "metric", "num_samples")
-            if task[name] != same[name]
-        ]
-    if differ:
-        raise ValueError(
-            f"{folder.path} holds another run: {'; '.join(differ)}. Choose another --out; a run is continued by the "
-            "command that began it, to which methods, budgets and tasks may be added"
-        )
 
 
 def _accuracy(
@@ -370,7 +256,7 @@ def _timing(config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, 
     return failed
 
 
-def _report(folder: RunFolder) -> tuple[Path | None, str | None]:
+def make_report(folder: RunFolder) -> tuple[Path | None, str | None]:
     """The report's path, or why there is none: the records are worth keeping without it."""
     try:
         from reports.build import build

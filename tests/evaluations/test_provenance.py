@@ -3,7 +3,7 @@
 import subprocess
 
 from evaluations.provenance import collect, git_state, packages
-from evaluations.run import card_says_trained
+from evaluations.run_file import card_says_trained
 
 
 def test_git_state_tells_a_clean_tree_from_a_changed_one(tmp_path):

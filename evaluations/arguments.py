@@ -1,0 +1,34 @@
+"""How lists and pairs are written on a command line: types for argparse, whose errors give an example."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def names(text: str) -> list[str]:
+    """ "a,b" to ["a", "b"]."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def numbers(text: str, what: str = "budgets") -> list[float]:
+    """ "0.5,0.25" to [0.5, 0.25]."""
+    try:
+        return [float(part) for part in names(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{what} are numbers like 0.5,0.25, got {text!r}") from None
+
+
+def integers(text: str) -> list[int]:
+    """ "729,2916" to [729, 2916]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"whole numbers like 729,2916 are expected, got {text!r}") from None
+
+
+def method_and_model(text: str) -> tuple[str, str]:
+    """ "visor=FOLDER" to ("visor", "FOLDER")."""
+    method, equals, model = text.partition("=")
+    if not (method and equals and model):
+        raise argparse.ArgumentTypeError(f"a checkpoint is given as METHOD=MODEL, like visor=my-visor, got {text!r}")
+    return method, model
