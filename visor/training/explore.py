@@ -139,7 +139,59 @@ class SearchResult:
 
     @property
     def configurations(self) -> list[list[int]]:
+        """The SELF layers of each viable configuration."""
         return [list(one.layers) for one in self.candidates if one.viable]
+
+
+class ScoreTable:
+    """Scores of SELF subsets on some examples, by kind of question; what has been evaluated is on disk.
+
+    Args:
+        encoded: this process's share of the examples.
+        path: a JSON file, read if it is there.
+    """
+
+    def __init__(
+        self, packed: PackedModel, encoded: Sequence[Encoded], score: str, processes: Processes, path: Path
+    ) -> None:
+        self.packed, self.encoded, self.score, self.processes, self.path = packed, encoded, score, processes, path
+        self.scored: dict[str, dict[str, list[float]]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def means(self, subsets: Sequence[Subset]) -> list[float]:
+        """The macro-averaged score of each subset; evaluates those that are new."""
+        return [macro_mean(self._of(subset)) for subset in subsets]
+
+    def means_by_kind(self, subset: Subset) -> dict[str, float]:
+        """The mean score of each kind of question."""
+        return {kind: round(float(np.mean(values)), 4) for kind, values in sorted(self._of(subset).items())}
+
+    @property
+    def num_questions(self) -> int:
+        """Questions that each subset has been scored on; one must have been."""
+        return sum(map(len, next(iter(self.scored.values())).values()))
+
+    def _of(self, subset: Subset) -> dict[str, list[float]]:
+        name = ",".join(map(str, subset))
+        if name not in self.scored:
+            self.scored[name] = self._evaluated(subset)
+            if self.processes.is_main:
+                write_json(self.path, self.scored)
+                print(f"search: SELF {name or 'none'}: {macro_mean(self.scored[name]):.3f}", flush=True)
+        return self.scored[name]
+
+    def _evaluated(self, subset: Subset) -> dict[str, list[float]]:
+        """Scores by kind of question, of all processes."""
+        own: dict[str, list[float]] = defaultdict(list)
+        for one in self.encoded:
+            scores = evaluate(self.packed, one, subset, self.score, self.processes)
+            for row, values in zip(one.batch.rows, scores, strict=True):
+                for kind, value in zip(row.kinds, values, strict=True):
+                    own[kind].append(value)
+        by_kind: dict[str, list[float]] = defaultdict(list)
+        for part in self.processes.gather([dict(own)]):
+            for kind, values in part.items():
+                by_kind[kind] += values
+        return dict(by_kind)
 
 
 def run_search(
@@ -177,51 +229,19 @@ def run_search(
     if not lengths:
         raise ValueError(f"no usable validation example: {skipped.summary()}; see {skipped.path}")
     num_visual, num_text = (round(float(np.mean([one[k] for one in lengths]))) for k in (0, 1))
-    scored_path = folder / "scored.json"
-    scored: dict[str, dict[str, list[float]]] = json.loads(scored_path.read_text()) if scored_path.exists() else {}
-
-    def score_subsets(subsets: Sequence[Subset]) -> list[float]:
-        for subset in subsets:
-            name = ",".join(map(str, subset))
-            if name not in scored:
-                own: dict[str, list[float]] = defaultdict(list)
-                for one in encoded:
-                    for row, values in zip(
-                        one.batch.rows, evaluate(packed, one, subset, score, processes), strict=True
-                    ):
-                        for kind, value in zip(row.kinds, values, strict=True):
-                            own[kind].append(value)
-                by_kind: dict[str, list[float]] = defaultdict(list)
-                for part in processes.gather([dict(own)]):
-                    for kind, values in part.items():
-                        by_kind[kind] += values
-                scored[name] = dict(by_kind)
-                if processes.is_main:
-                    write_json(scored_path, scored)
-                    print(f"search: SELF {name or 'none'}: {macro_mean(by_kind):.3f}", flush=True)
-        return [macro_mean(scored[",".join(map(str, subset))]) for subset in subsets]
-
+    table = ScoreTable(packed, encoded, score, processes, folder / "scored.json")
     slots = packed.visor.config.self_layers
     cost = relative_cost(packed, num_visual, num_text)
-    candidates = search.search(slots, score_subsets, cost, longest, margin)
+    candidates = search.search(slots, table.means, cost, longest, margin)
     document = {
         "slots": list(slots),
         "score": score,
         "num_examples": num_examples,
-        "num_questions": len([v for values in next(iter(scored.values())).values() for v in values]),
+        "num_questions": table.num_questions,
         "num_visual": num_visual,
         "num_text": num_text,
         "skipped": len(skipped.reasons),
-        "candidates": [
-            {
-                **one.to_dict(),
-                "by_kind": {
-                    kind: round(float(np.mean(values)), 4)
-                    for kind, values in sorted(scored[",".join(map(str, one.layers))].items())
-                },
-            }
-            for one in candidates
-        ],
+        "candidates": [{**one.to_dict(), "by_kind": table.means_by_kind(one.layers)} for one in candidates],
     }
     result = SearchResult(candidates, document)
     document["configurations"] = result.configurations
@@ -340,17 +360,7 @@ def run_labels(
         if one is None:
             continue
         vectors, scores = label_batch(packed, one, configurations, routing, score, processes)
-        nums = [len(row.segments) for row in one.batch.rows]
-        content = {
-            "vectors": torch.cat([vectors[i, :n] for i, n in enumerate(nums)]).to(torch.bfloat16).cpu(),
-            "scores": torch.tensor([[s for row in config for s in row] for config in scores]).T.contiguous(),
-            "images": torch.tensor([starts[chunk] + i for i, n in enumerate(nums) for _ in range(n)]),
-            "kinds": [kind for row in one.batch.rows for kind in row.kinds],
-            "lengths": list(lengths_of(one.batch.rows)),
-        }
-        temporary = path.with_suffix(".tmp")
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        write_chunk(path, one.batch.rows, starts[chunk], vectors, scores)
         if processes.is_main and chunk % (10 * processes.size) == 0:
             print(f"labels: {starts[chunk] + len(positions)} of {num_examples} images", flush=True)
     processes.wait()
@@ -359,33 +369,65 @@ def run_labels(
     chunks = sorted(path.name for path in folder.glob("chunk-*.pt"))
     if not chunks:
         raise ValueError(f"no usable example: {skipped.summary()}; see {skipped.path}")
+    skips = sum(len(path.read_text().splitlines()) for path in folder.glob("skipped*.jsonl"))
+    return summarise(packed, folder, chunks, {"score": score, "reach": reach, "skipped": skips})
+
+
+def write_chunk(
+    path: Path, rows: Sequence[Row], first_image: int, vectors: Tensor, scores: Sequence[Sequence[Sequence[float]]]
+) -> None:
+    """Write the labels of a batch, whole or not at all.
+
+    Args:
+        first_image: number of the batch's first example.
+        vectors, scores: as `label_batch` gives them.
+    """
+    nums = [len(row.segments) for row in rows]
+    content = {
+        "vectors": torch.cat([vectors[i, :n] for i, n in enumerate(nums)]).to(torch.bfloat16).cpu(),
+        "scores": torch.tensor([[s for row in config for s in row] for config in scores]).T.contiguous(),
+        "images": torch.tensor([first_image + i for i, n in enumerate(nums) for _ in range(n)]),
+        "kinds": [kind for row in rows for kind in row.kinds],
+        "lengths": list(lengths_of(rows)),
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def summarise(
+    packed: PackedModel, folder: Path, chunks: Sequence[str], conditions: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write `labels.json`, which says that the labels are finished and what is in them.
+
+    Args:
+        conditions: what else it says of how they were made; with `reach`.
+    """
+    configurations = packed.visor.config.configurations
     lengths = [torch.load(folder / name, weights_only=True)["lengths"] for name in chunks]
     num_visual, num_text = (round(float(np.mean([one[k] for one in lengths]))) for k in (0, 1))
     cost = relative_cost(packed, num_visual, num_text)
     document = {
         "configurations": [list(subset) for subset in configurations],
-        "costs": [cost(subset) for subset in configurations],
+        "costs": [cost(tuple(subset)) for subset in configurations],
         "num_visual": num_visual,
         "num_text": num_text,
-        "score": score,
-        "reach": reach,
-        "chunks": chunks,
-        "skipped": sum(len(path.read_text().splitlines()) for path in folder.glob("skipped*.jsonl")),
+        **conditions,
+        "chunks": list(chunks),
     }
-    write_json(folder / "labels.json", document)
+    write_json(folder / "labels.json", document)  # what `Labels.load` reads
     labels = Labels.load(folder)
+    chosen, kinds = labels.labels_N(conditions["reach"]), np.array(labels.kinds)
+    of_kind = {kind: kinds == kind for kind in sorted(set(labels.kinds))}
+    counts = lambda labels_N: torch.bincount(labels_N, minlength=len(configurations))
     document["num_questions"] = len(labels.kinds)
     document["mean_score"] = [round(value, 4) for value in labels.scores_NC.mean(0).tolist()]
-    chosen = labels.labels_N(reach)
-    document["label_share"] = torch.bincount(chosen, minlength=len(configurations)).div(len(chosen)).tolist()
-    kinds = np.array(labels.kinds)
+    document["label_share"] = counts(chosen).div(len(chosen)).tolist()
     document["label_share_by_kind"] = {
-        kind: np.bincount(chosen.numpy()[kinds == kind], minlength=len(configurations)).tolist()
-        for kind in sorted(set(labels.kinds))
+        kind: counts(chosen[torch.from_numpy(own)]).tolist() for kind, own in of_kind.items()
     }
     document["score_by_kind"] = {
-        kind: [round(v, 4) for v in labels.scores_NC.numpy()[kinds == kind].mean(0).tolist()]
-        for kind in sorted(set(labels.kinds))
+        kind: [round(v, 4) for v in labels.scores_NC.numpy()[own].mean(0).tolist()] for kind, own in of_kind.items()
     }
     write_json(folder / "labels.json", document)
     return document
