@@ -22,7 +22,8 @@ from visor.decoder import install
 from visor.inference import LoadedModel
 from visor.loading import dtype_named
 from visor.prompt import PreparedSample
-from visor.vision import VisionFeatures, encode_inside, run_tower, whole_image_places
+from visor.taps import whole_image_places
+from visor.vision import VisionFeatures, encode_inside, run_tower
 
 RANDOM_VALUES = 1 << 20  # weights repeat a block of so many normal values: filling a large model takes seconds
 
@@ -157,8 +158,7 @@ class RandomModel(LoadedModel):
         tiles = [sample.pixel_inputs["tiles"].to(self.model.device, self.model.dtype) for sample in prepared]
         if inside is not None:
             keys = [sample.image_key for sample in prepared]
-            reduced = encode_inside(self.adapter, tiles, keys, inside)
-            return [reduced[key] for key in keys]
+            return encode_inside(self.adapter, tiles, keys, inside)
         features_TND, cls_T1D, tap_values = run_tower(self.adapter, torch.cat(tiles), taps, image_scale)
         if "places" in taps:
             side = self.geometry.vision.grid_side(image_scale)

@@ -29,7 +29,7 @@ class Method(ABC):
         title: name shown in reports, in the authors' spelling.
         paper: reference of the rule, one line.
         trained: True if the method needs weights trained for it (compared apart from training-free methods).
-        taps: what it must see of the vision tower: "salience", "keys", ... (`visor.vision.TAPS`).
+        taps: what it must see of the vision tower: "salience", "keys", ... (`visor.taps.TAPS`).
         stage: where an encoder-side rule acts: "inside" the tower's own blocks, on "tower" features before the
             projector, or on "projected" features.
         reads_text: True if an encoder-side rule looks at the prompt's text (`VisionFeatures.text`).

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from visor.families.base import FamilyAdapter
-from visor.vision import tower_blocks, tower_has_cls
+from visor.taps import tower_blocks, tower_has_cls
 
 BLOCK_PARTS = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
 

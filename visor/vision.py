@@ -1,16 +1,15 @@
-"""What the vision tower yields for an image, and what a method may see of it.
+"""What the vision tower yields for an image, by the way its family takes: whole, in packed tiles, or merged.
 
-Hooks read the queries and keys that a tower block computes anyway; scores are made from q.k^T in chunks of rows, so
-nothing changes in the tower's own attention kernel and no full attention matrix is ever stored.
+What else a method may see of the tower is `visor.taps`.
 
-Shapes: B samples, N visual tokens, D feature width, T tiles, P tower tokens of a tile (CLS included), H heads,
-d head width, R rows of a chunk, E any width.
+Shapes: B samples, N visual tokens, T of them after reduction (in `ReducedFeatures`) or tiles, P tower tokens of a tile
+(CLS included), M patches that the tower began with, D feature width, E any width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,22 +19,17 @@ from torch import Tensor, nn
 from budgets.registry import METHODS
 from budgets.schedule import Reduction
 from visor.families.base import FamilyAdapter
-from visor.stopwatch import scoring
-
-TAPS = ("salience", "keys", "first_salience", "last_salience", "last_keys", "places")
-"""What `encode_images` can read of the tower beside its features.
-
-"salience" [B, N]: softmax attention in block -2, mean over heads, that the CLS row pays each patch; in a tower without
-CLS (SigLIP) the attention a patch receives, averaged over all rows. "keys" [B, N, d]: keys of that block, mean over
-heads. "first_salience" [B, N]: as "salience", of block 0. "last_salience" [B, N], "last_keys" [B, N, w]: of the last
-block, its heads taken for one over the full width. "places" [B, N, 3]: where a token looks: (0, y, x) in the tile that
-shows the whole image, its sides 1 long; (1, y, x) in the grid of the tiles that show parts of it, a tile's side 1 long;
--1 at tokens that stand for no patch."""
-
-BLOCK_OF_TAP = {"salience": -2, "keys": -2, "first_salience": 0, "last_salience": -1, "last_keys": -1}
-"""Scores come from the block before the last (VisionZip and its kin); features from the projector's own layer."""
-
-ROWS_PER_CHUNK = 256
+from visor.taps import (
+    BLOCK_OF_TAP,
+    check_taps,
+    packed_tap,
+    read_taps,
+    reading_block,
+    tile_places,
+    tower_blocks,
+    tower_has_cls,
+    whole_image_places,
+)
 
 
 @dataclass(frozen=True)
@@ -167,50 +161,6 @@ class ReducedFeatures:
         return ReducedFeatures(of(self.features_BTD), of(self.kept_BN), of(self.places_BT), levels)
 
 
-def tower_blocks(tower: nn.Module) -> nn.ModuleList:
-    """The transformer blocks of a tower, each with a `self_attn` of `q_proj` and `k_proj`."""
-    for module in tower.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and hasattr(module[0], "self_attn"):
-            return module
-    raise ValueError(f"{type(tower).__name__} has no blocks with a self_attn; its attention cannot be read")
-
-
-def tower_has_cls(tower: nn.Module) -> bool:
-    """True if the tower puts a CLS token before the patches."""
-    return any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
-
-
-@contextmanager
-def reading_block(block: nn.Module, names: str = "qk") -> Iterator[dict[str, Tensor]]:
-    """Within it, a forward of `block` leaves its projections [T, P, H d] in the dict, by name: "q", "k", "v"."""
-    seen: dict[str, Tensor] = {}
-    handles = []
-    for name in names:
-        projection = getattr(block.self_attn, f"{name}_proj")
-        handles.append(projection.register_forward_hook(lambda _m, _a, out, name=name: seen.__setitem__(name, out)))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def attention_from_cls(q_THPd: Tensor, k_THPd: Tensor) -> Tensor:
-    """Softmax attention of the first row, mean over heads: [T, P - 1] over the patches."""
-    logits_TH1P = q_THPd[:, :, :1].float() @ k_THPd.float().transpose(2, 3) * q_THPd.shape[-1] ** -0.5
-    return logits_TH1P.softmax(-1).mean(1)[:, 0, 1:]
-
-
-def attention_received(q_THPd: Tensor, k_THPd: Tensor) -> Tensor:
-    """Softmax attention that each token receives, mean over heads and over all query rows: [T, P]. fp32."""
-    tiles, _, num_tokens, width = q_THPd.shape
-    k_THdP = k_THPd.float().transpose(2, 3)
-    received_TP = torch.zeros((tiles, num_tokens), device=q_THPd.device)
-    for rows_THRd in q_THPd.split(ROWS_PER_CHUNK, dim=2):
-        received_TP += (rows_THRd.float() @ k_THdP * width**-0.5).softmax(-1).sum(2).mean(1)
-    return received_TP / num_tokens
-
-
 def resized(tiles_T3HW: Tensor, patch_size: int, image_scale: float) -> Tensor:
     """The tiles at `image_scale`, their sides rounded to whole patches. Antialiased, or fine print would alias."""
     if image_scale == 1.0:
@@ -252,44 +202,6 @@ def run_tower(
     return features_TND, cls_T1D, read_taps(taps, seen, num_heads, has_cls and cuts_cls, int(cuts_cls))
 
 
-def check_taps(taps: Collection[str]) -> None:
-    """Refuse taps that do not exist."""
-    unknown = sorted(set(taps) - set(TAPS))
-    if unknown:
-        raise ValueError(f"unknown taps {unknown}; the taps that exist: {', '.join(TAPS)}")
-
-
-def read_taps(
-    taps: Collection[str], seen: Mapping[int, Mapping[str, Tensor]], num_heads: int, from_cls: bool, first: int
-) -> dict[str, Tensor]:
-    """The taps of the tower's blocks.
-
-    Args:
-        seen: by block, the queries "q" and keys "k" [T, P, width] that it computed.
-        from_cls: True to score by the row of the first token (CLS), False by all rows.
-        first: place of the first patch among the P tokens.
-    """
-    values: dict[str, Tensor] = {}
-    with scoring("tower"):
-        for tap in sorted(set(taps) & set(BLOCK_OF_TAP)):
-            # PruMerge's last block is read as one head over the full width.
-            heads = 1 if tap.startswith("last_") else num_heads
-            block = seen[BLOCK_OF_TAP[tap]]
-            k_THPd = split_heads(block["k"], heads)
-            if tap.endswith("keys"):
-                values[tap] = k_THPd.mean(1)[:, first:]
-            elif from_cls:
-                values[tap] = attention_from_cls(split_heads(block["q"], heads), k_THPd)
-            else:
-                values[tap] = attention_received(split_heads(block["q"], heads), k_THPd)[:, first:]
-    return values
-
-
-def split_heads(x_TPw: Tensor, num_heads: int) -> Tensor:
-    """[T, P, H d] to [T, H, P, d]."""
-    return x_TPw.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
 def encode_images(
     adapter: FamilyAdapter,
     pixel_inputs: Sequence[Mapping[str, Tensor]],
@@ -315,47 +227,74 @@ def encode_images(
         raise ValueError(f"{type(adapter).__name__}: an image of several tiles cannot be down-sampled inside them")
     first_with = {key: index for index, key in reversed(list(enumerate(keys)))}
     distinct = sorted(first_with.values())
+    own_pixels, own_keys = [pixel_inputs[index] for index in distinct], [keys[index] for index in distinct]
     if adapter.merges_patches:
-        rows = {keys[i]: encode_merged(adapter, pixel_inputs[i], keys[i], taps, image_scale, inside) for i in distinct}
-        return [rows[key] for key in keys]
-    tiles = [adapter.tiles(pixel_inputs[index]) for index in distinct]
-    if inside is not None:
-        reduced = encode_inside(adapter, tiles, [keys[index] for index in distinct], inside)
-        return [reduced[key] for key in keys]
-    features_TND, cls_T1D, tap_values = run_tower(adapter, torch.cat(tiles), taps, image_scale)
+        pairs = zip(own_pixels, own_keys, strict=True)
+        rows = [encode_merged(adapter, inputs, key, taps, image_scale, inside) for inputs, key in pairs]
+    elif inside is not None:
+        rows = encode_inside(adapter, [adapter.tiles(inputs) for inputs in own_pixels], own_keys, inside)
+    elif adapter.packs_tiles:
+        rows = encode_packed(adapter, own_pixels, own_keys, taps)
+    else:
+        rows = encode_whole(adapter, own_pixels, own_keys, taps, image_scale)
+    by_key = dict(zip(own_keys, rows, strict=True))
+    return [by_key[key] for key in keys]
+
+
+def encode_packed(
+    adapter: FamilyAdapter, pixel_inputs: Sequence[Mapping[str, Tensor]], keys: Sequence[str], taps: Collection[str]
+) -> list[VisionFeatures]:
+    """Images of several tiles, all tiles in one pass; an image's are packed into one sequence after the projector."""
+    tiles = [adapter.tiles(inputs) for inputs in pixel_inputs]
     counts = [len(image) for image in tiles]
-    by_key: dict[str, VisionFeatures] = {}
-    if adapter.packs_tiles:
-        projected_TND = adapter.projector(features_TND)
-        split_taps = {name: value.split(counts) for name, value in tap_values.items()}
-        for place, (index, features) in enumerate(zip(distinct, projected_TND.split(counts), strict=True)):
-            inputs = pixel_inputs[index]
-            tile_taps = {name: value[place] for name, value in split_taps.items()}
-            if "places" in taps:
-                tile_taps["places"] = tile_places(features, *adapter.tile_layout(inputs))
-            by_key[keys[index]] = VisionFeatures(
+    features_TND, _, tap_values = run_tower(adapter, torch.cat(tiles), taps)
+    by_image = adapter.projector(features_TND).split(counts)
+    split_taps = {name: value.split(counts) for name, value in tap_values.items()}
+    rows = []
+    for place, (inputs, key, features) in enumerate(zip(pixel_inputs, keys, by_image, strict=True)):
+        tile_taps = {name: value[place] for name, value in split_taps.items()}
+        if "places" in taps:
+            tile_taps["places"] = tile_places(features, *adapter.tile_layout(inputs))
+        rows.append(
+            VisionFeatures(
                 adapter.pack(features, inputs)[None],
                 stage="projected",
                 taps={name: packed_tap(adapter, value, inputs)[None] for name, value in tile_taps.items()},
-                sample_keys=(keys[index],),
+                sample_keys=(key,),
             )
-        return [by_key[key] for key in keys]
-    grid = tuple(side // adapter.model.config.vision_config.patch_size for side in tiles[0].shape[-2:])
-    grid = tuple(max(1, round(side * image_scale)) for side in grid)
+        )
+    return rows
+
+
+def encode_whole(
+    adapter: FamilyAdapter,
+    pixel_inputs: Sequence[Mapping[str, Tensor]],
+    keys: Sequence[str],
+    taps: Collection[str],
+    image_scale: float,
+) -> list[VisionFeatures]:
+    """Images of one tile each, all in one pass; their features are those before the projector."""
+    tiles = torch.cat([adapter.tiles(inputs) for inputs in pixel_inputs])
+    features_TND, cls_T1D, tap_values = run_tower(adapter, tiles, taps, image_scale)
+    patch_size = adapter.model.config.vision_config.patch_size
+    grid = tuple(max(1, round(side // patch_size * image_scale)) for side in tiles.shape[-2:])
     if "places" in taps:
         tap_values["places"] = whole_image_places(features_TND, grid)
-    for place, index in enumerate(distinct):
+    rows = []
+    for place, key in enumerate(keys):
         row = slice(place, place + 1)
-        by_key[keys[index]] = VisionFeatures(
-            # A slice would keep the whole batch alive in the cache of whoever holds one row.
-            features_TND[row].clone(),
-            taps={name: value[row].clone() for name, value in tap_values.items()},
-            grid=grid if grid[0] * grid[1] == features_TND.shape[1] else None,
-            sample_keys=(keys[index],),
-            cls_B1D=None if cls_T1D is None else cls_T1D[row].clone(),
-            image_scale=image_scale,
+        rows.append(
+            VisionFeatures(
+                # A slice would keep the whole batch alive in the cache of whoever holds one row.
+                features_TND[row].clone(),
+                taps={name: value[row].clone() for name, value in tap_values.items()},
+                grid=grid if grid[0] * grid[1] == features_TND.shape[1] else None,
+                sample_keys=(key,),
+                cls_B1D=None if cls_T1D is None else cls_T1D[row].clone(),
+                image_scale=image_scale,
+            )
         )
-    return [by_key[key] for key in keys]
+    return rows
 
 
 def encode_merged(
@@ -388,56 +327,10 @@ def encode_merged(
     )
 
 
-def packed_tap(adapter: FamilyAdapter, tap_TNx: Tensor, pixel_inputs: Mapping[str, Tensor]) -> Tensor:
-    """A tap in the order of the packed tokens. A line's end has no patch: it scores below all, and its key is zero."""
-    if tap_TNx.dim() == 2:
-        return adapter.pack(tap_TNx[..., None], pixel_inputs, separator=-1.0)[:, 0]
-    is_places = tap_TNx.shape[-1] == 3
-    return adapter.pack(tap_TNx, pixel_inputs, separator=-1.0 if is_places else 0.0)
-
-
-def grid_places(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Centres (y, x) of the cells of a grid whose sides are 1 long: [rows * columns, 2]."""
-    y = (torch.arange(rows, device=device) + 0.5) / rows
-    x = (torch.arange(columns, device=device) + 0.5) / columns
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
-
-
-def whole_image_places(features_TND: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The tap "places" [T, N, 3] of tiles that each show a whole image. A CLS among the N lies nowhere: -1."""
-    places_N2 = grid_places(*grid, features_TND.device)
-    places_N3 = torch.nn.functional.pad(places_N2, (1, 0))
-    num_prefix = features_TND.shape[1] - len(places_N3)
-    places_N3 = torch.nn.functional.pad(places_N3, (0, 0, num_prefix, 0), value=-1.0)
-    return places_N3.expand(len(features_TND), -1, -1)
-
-
-def tile_places(features_TNE: Tensor, overview: int, parts: tuple[int, int]) -> Tensor:
-    """The tap "places" [T, N, 3] of the tiles of one image, before packing.
-
-    Args:
-        overview: index of the tile that shows the whole image.
-        parts: rows and columns of the other tiles.
-    """
-    num_tiles, num_tokens = features_TNE.shape[:2]
-    side = round(num_tokens**0.5)
-    if side * side != num_tokens:
-        raise ValueError(f"a tile of {num_tokens} tokens is no square grid; where its tokens look is not known")
-    places_N2 = grid_places(side, side, features_TNE.device)
-    places_TN3 = places_N2.new_zeros(num_tiles, num_tokens, 3)
-    others = [tile for tile in range(num_tiles) if tile != overview % num_tiles]
-    places_TN3[..., 1:] = places_N2
-    for place, tile in enumerate(others):
-        places_TN3[tile, :, 0] = 1
-        places_TN3[tile, :, 1] += place // parts[1]
-        places_TN3[tile, :, 2] += place % parts[1]
-    return places_TN3
-
-
 def encode_inside(
     adapter: FamilyAdapter, tiles: Sequence[Tensor], keys: Sequence[str], inside: Reduction
-) -> dict[str, VisionFeatures]:
-    """By key, what a method that acts inside the tower leaves of each image, all images in one pass.
+) -> list[VisionFeatures]:
+    """What a method that acts inside the tower leaves of each image, all images in one pass.
 
     Raises:
         ValueError: images of several tiles: packing needs the grid that the method dissolves.
@@ -456,13 +349,13 @@ def encode_inside(
     features_TKD = walk.features(hidden_TPD)
     if features_TKD.shape[1] != inside.keep:
         raise ValueError(f"{method.title} left {features_TKD.shape[1]} visual tokens, its schedule says {inside.keep}")
-    return {
-        key: VisionFeatures(
+    return [
+        VisionFeatures(
             features_TKD[row : row + 1].clone(), sample_keys=(key,), inside=inside,
             inside_kept_BM=kept_TM[row : row + 1].clone(),
         )
         for row, key in enumerate(keys)
-    }  # fmt: skip
+    ]  # fmt: skip
 
 
 def project(adapter: FamilyAdapter, vision_BTD: Tensor, stage: str) -> Tensor:

@@ -22,7 +22,7 @@ from visor.decoder import running
 from visor.families.base import adapter_for
 from visor.prompt import arranged
 from visor.several import shared
-from visor.vision import TAPS
+from visor.taps import TAPS
 
 MERGING = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "internvl")
 GRID = ("qwen2_5_vl", "qwen3_vl")

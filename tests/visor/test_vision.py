@@ -8,7 +8,8 @@ from tiny_models import make_model
 
 from budgets.registry import METHODS
 from visor.families.base import adapter_for
-from visor.vision import ROWS_PER_CHUNK, VisionFeatures, attention_received, encode_images, tower_blocks
+from visor.taps import ROWS_PER_CHUNK, attention_received, tower_blocks
+from visor.vision import VisionFeatures, encode_images
 
 
 def pixels(seed, side=56):

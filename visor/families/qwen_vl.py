@@ -82,7 +82,7 @@ class QwenVLAdapter(MergingAdapter):
         return positions_31P[:, 0]
 
     def encode_image(self, pixel_inputs: Mapping[str, Tensor], taps: Collection[str]) -> EncodedImage:
-        from visor.vision import BLOCK_OF_TAP, attention_received, whole_image_places
+        from visor.taps import BLOCK_OF_TAP, attention_received, whole_image_places
 
         rows, columns = self.grid(pixel_inputs)
         block_of = {tap: self._block(BLOCK_OF_TAP[tap]) for tap in taps if tap in BLOCK_OF_TAP}

@@ -1,7 +1,7 @@
 """FasterVLM: keep the patches that the tower's CLS token attends to most, in the order of the image.
 
 The score is encoder block -2's attention of the CLS row, mean over heads; the best T tokens stay. Deviations: a tower
-without CLS scores by the attention that a patch receives (`visor.vision.TAPS`); tokens are chosen before the projector,
+without CLS scores by the attention that a patch receives (`visor.taps.TAPS`); tokens are chosen before the projector,
 which treats each token alone, so the features are the authors' and fewer are projected; an image of several tiles is
 one set of tokens.
 """

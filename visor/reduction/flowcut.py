@@ -83,7 +83,7 @@ class FlowCut(Method):
 
         from visor.stopwatch import scoring
         from visor.streams import take
-        from visor.vision import reading_block
+        from visor.taps import reading_block
 
         hidden_TPD = walk.embed(tiles)
         num_tiles, prefix, device = len(hidden_TPD), int(walk.has_cls), hidden_TPD.device
@@ -134,7 +134,7 @@ def flow(
     """The attention paid to each patch, summing to 1, and its score: both [T, N], 0 at dead tokens."""
     import torch
 
-    from visor.vision import ROWS_PER_CHUNK, split_heads
+    from visor.taps import ROWS_PER_CHUNK, split_heads
 
     q_THPd, k_THPd = (split_heads(seen[name], num_heads).float() for name in "qk")
     v_TPD, prefix = seen["v"].float(), int(has_cls)

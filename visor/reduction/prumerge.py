@@ -8,7 +8,7 @@ order of falling score. PruMerge+ adds tokens evenly spaced among the others.
 How many tokens stand out depends on the image. `keep=None` is the authors' rule: the number is settled once the image
 is encoded (`resolve`). A budget needs a number, and then `keep - 1` tokens stay: PruMerge takes those with the highest
 scores (which are the outliers where the numbers agree), PruMerge+ the outliers and evenly spaced others up to it.
-Deviations: that, the surrogate for a missing CLS (`visor.vision.TAPS`), and that an image of several tiles is one set.
+Deviations: that, the surrogate for a missing CLS (`visor.taps.TAPS`), and that an image of several tiles is one set.
 
 Shapes: B samples, N visual tokens, K kept ones, E feature width, w tower width.
 """

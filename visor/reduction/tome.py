@@ -83,7 +83,7 @@ class ToMe(Method):
         import torch
 
         from visor.stopwatch import scoring
-        from visor.vision import reading_block, split_heads
+        from visor.taps import reading_block, split_heads
 
         hidden_TPD = walk.embed(tiles)
         prefix = int(walk.has_cls)

@@ -4,7 +4,7 @@ T r tokens (r = 0.5) with the most attention of the CLS row in encoder block -2 
 attention, is thinned out until T - T r are left: the even and the odd places are compared, the (at most) eight even
 tokens most similar (cosine) to an odd one go, and what is left of the even ones, most similar first, stands before the
 odd ones in the next round. Output in the order of the image. Deviations: the surrogate for a missing CLS
-(`visor.vision.TAPS`); tokens are chosen before the projector; an image of several tiles is one set of tokens, compared
+(`visor.taps.TAPS`); tokens are chosen before the projector; an image of several tiles is one set of tokens, compared
 after the projector. One similarity matrix serves all rounds.
 
 Shapes: B samples, N visual tokens, R tokens not yet thinned out, E feature width.
