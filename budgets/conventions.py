@@ -47,6 +47,7 @@ class ConventionCost:
 
     @property
     def decoder_prefill(self) -> int:
+        """MACs of all decoder layers."""
         return sum(self.per_layer)
 
 

@@ -118,10 +118,12 @@ class Floor:
 
     @property
     def ms(self) -> float:
+        """The larger of the two times: no kernel is faster."""
         return max(self.flops_ms, self.bytes_ms)
 
     @property
     def binds(self) -> str:
+        """The limit that sets it: "FLOPs" or "bytes"."""
         return "FLOPs" if self.flops_ms >= self.bytes_ms else "bytes"
 
     def to_dict(self) -> dict[str, Any]:

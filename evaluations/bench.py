@@ -58,6 +58,7 @@ class Promise:
 
     @property
     def verdict(self) -> str:
+        """ "met", "MISSED" (by more than its noise) or "within noise"."""
         met = self.ratio.median <= self.target if self.at_most else self.ratio.median >= self.target
         return "MISSED" if self.is_missed else "met" if met else "within noise"
 

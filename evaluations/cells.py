@@ -55,6 +55,7 @@ class Setting:
 
     @property
     def id(self) -> str:
+        """Its name in records and tables: method, budget, policy and value."""
         return setting_id(self.name, self.budget, self.policy, self.value)
 
     @property
@@ -182,6 +183,7 @@ class PlannedTask:
 
     @cached_property
     def samples_digest(self) -> str:
+        """Hash of what is asked and what counts as right: part of a cell's key."""
         return digest([[sample.sample_id, sample.question, list(sample.references)] for sample in self.samples])
 
 

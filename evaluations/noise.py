@@ -36,6 +36,7 @@ class Spread:
 
     @property
     def is_noisy(self) -> bool:
+        """True if the noise is above `NOISY`."""
         return self.noise > NOISY
 
 

@@ -60,6 +60,7 @@ class Table:
 
     @property
     def ids(self) -> list[str]:
+        """Samples that every configuration has answered, in order."""
         return list(self.records)
 
     def matrix(self, name: str) -> NDArray[np.float64]:
@@ -68,6 +69,7 @@ class Table:
 
     @property
     def scores(self) -> NDArray[np.float64]:
+        """Of each answer, [num_samples, num_configurations]."""
         return self.matrix("score")
 
     @property
@@ -77,6 +79,7 @@ class Table:
 
     @property
     def relative_costs(self) -> NDArray[np.float64]:
+        """Decoder prefill FLOPs relative to dense, the router's left out, [num_samples, num_configurations]."""
         return self.costs / self.matrix("dense_decoder_flops")
 
     @property

@@ -62,6 +62,7 @@ def unpack_bits(packed: str, num_visual: int) -> list[bool]:
 
 class _Record:
     def to_dict(self) -> dict[str, Any]:
+        """All fields, as they are written."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
@@ -256,6 +257,7 @@ class RunFolder:
 
     @property
     def run_path(self) -> Path:
+        """What was run, on what: `evaluations.run_file`."""
         return self.path / "run.json"
 
     def write_run(self, run: dict[str, Any]) -> None:
@@ -263,12 +265,19 @@ class RunFolder:
         write_json_atomically(self.run_path, {"schema_version": SCHEMA_VERSION, **run})
 
     def read_run(self) -> dict[str, Any]:
+        """The content of run.json.
+
+        Raises:
+            RecordsError: it is not there, or no JSON.
+        """
         return read_json(self.run_path)
 
     def cell_path(self, key: str) -> Path:
+        """The folder of a cell."""
         return self.path / "cells" / key
 
     def samples_file(self, key: str) -> JsonLines:
+        """The records of a cell, one line a sample."""
         return JsonLines(self.cell_path(key) / "samples.jsonl")
 
     def write_manifest(self, manifest: Manifest) -> None:

@@ -47,6 +47,7 @@ class TimingPlan:
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
+        """One, and the throughput batch."""
         return (1,) if self.throughput_batch == 1 else (1, self.throughput_batch)
 
 

@@ -42,6 +42,7 @@ class CellState:
 
     @property
     def open(self) -> bool:
+        """True if there is something left to run."""
         return self.error is None and self.num_batches_done < len(self.cell.task.batches)
 
 

@@ -118,6 +118,7 @@ class SyntheticTask(Task):
     splits: ClassVar[tuple[str, ...]] = ("validation", "test")
 
     def stream(self, split: str = "test") -> Iterator[Sample]:
+        """Samples without end; sample i of a split is the same in every run."""
         index = 0
         while True:
             one = scene(self.world, split, index, self.size)

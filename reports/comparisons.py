@@ -96,6 +96,7 @@ class Analysis:
     frontier: dict[str, tuple[bool, float]]
 
     def average(self, setting: Setting) -> Interval | None:
+        """The macro-average over the tasks with its interval; None where a task is missing."""
         return self.intervals.get((setting.id, AVERAGE))
 
 

@@ -58,6 +58,7 @@ class Setting:
 
     @property
     def is_dense(self) -> bool:
+        """True for the reference."""
         return self.method == "dense"
 
     @property
@@ -153,6 +154,7 @@ class Run:
 
     @property
     def dense(self) -> Setting | None:
+        """The reference's setting; None in a run without it."""
         return next((setting for setting in self.settings if setting.is_dense), None)
 
     @property
@@ -165,6 +167,7 @@ class Run:
 
     @property
     def limit(self) -> int | None:
+        """Samples of each task, where the suite's own limits were overridden."""
         return self.run.get("limit")
 
     def scores(self, task: str) -> pd.DataFrame:

@@ -35,14 +35,17 @@ class Answer:
 
     @property
     def sign(self) -> str:
+        """A tick, a cross, or a half-filled circle for what is partly right."""
         return "\u2713" if self.score >= 1 else "\u2717" if self.score <= 0 else "\u25d0"
 
     @property
     def verdict(self) -> str:
+        """What the sign says, and the class that the page gives it."""
         return "right" if self.score >= 1 else "wrong" if self.score <= 0 else "partly"
 
     @property
     def words(self) -> str:
+        """The verdict for people, with the score of what is partly right."""
         return self.verdict if self.verdict != "partly" else signed_minus(f"partly, {self.score:.2f}")
 
 

@@ -46,10 +46,12 @@ class Choice:
 
     @property
     def title(self) -> str:
+        """Its name in the report."""
         return self.setting.label
 
     @property
     def agreement(self) -> float:
+        """Share of samples that got their label."""
         return sum(share for (label, chosen), share in self.confusion.items() if label == chosen)
 
     @property

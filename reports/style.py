@@ -44,6 +44,7 @@ class MethodStyle:
 
     @property
     def light(self) -> str:
+        """Its colour on white, as hex."""
         return PALETTE[self.colour][0]
 
     @property

@@ -39,6 +39,7 @@ class TableCell:
 
     @property
     def sign(self) -> str:
+        """What marks the best, and those that cannot be told from it."""
         return MARK_SIGNS.get(self.mark, "")
 
 
@@ -52,18 +53,24 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
+    """A setting's cells, one a column."""
+
     setting: Setting
     cells: list[TableCell]
 
 
 @dataclass(frozen=True)
 class RowGroup:
+    """Settings that are compared with each other, under a title."""
+
     title: str
     rows: list[Row]
 
 
 @dataclass(frozen=True)
 class Table:
+    """Columns, and groups of rows."""
+
     columns: list[Column]
     groups: list[RowGroup] = field(default_factory=list)
 
