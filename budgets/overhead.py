@@ -2,7 +2,7 @@
 
 One row a method: its own scoring, at its authors' default setting or at a budget, relative to the dense decoder
 prefill; what is left of the prefill, scoring included; and what it does to the tower, which is no part of the budget.
-Times are measured, not computed: `python -m evaluations.run` shows them beside these figures.
+Times are measured, not computed: `python -m evaluations.overhead` shows them beside these figures.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ LARGE = 0.05
 """Share of the dense prefill above which choosing tokens is called out."""
 
 
+def setting(name: str, geometry: ModelGeometry, num_visual: int, num_text: int, budget: float | None = None) -> Any:
+    """The method as it is priced: at its authors' setting, or at a budget.
+
+    Raises:
+        ValueError: there is no such method, or it cannot meet the budget on this model.
+    """
+    method = METHODS.get(name)()
+    if getattr(method, "keep", 1) is None:  # as many as stand out: here as many as its own paper counts, 1 in 18
+        method = type(method)(keep=max(1, num_visual // 18))
+    return method if budget is None or name == "dense" else fit(method, geometry, num_visual, num_text, budget)
+
+
 def rows(
     geometry: ModelGeometry, num_visual: int, num_text: int, budget: float | None, names: list[str] | None = None
 ) -> list[dict[str, Any]]:
@@ -29,15 +41,9 @@ def rows(
     full = price(geometry, dense(geometry.num_layers, num_visual), num_text)
     table = []
     for name in names or METHODS.names():
-        method = METHODS.get(name)()
-        row: dict[str, Any] = {"method": name, "title": method.title}
+        row: dict[str, Any] = {"method": name, "title": METHODS.get(name).title}
         try:
-            if (
-                getattr(method, "keep", 1) is None
-            ):  # as many as stand out: here as many as its own paper counts, 1 in 18
-                method = type(method)(keep=max(1, num_visual // 18))
-            if budget is not None and name != "dense":
-                method = fit(method, geometry, num_visual, num_text, budget)
+            method = setting(name, geometry, num_visual, num_text, budget)
             cost = price(geometry, method.schedule(geometry, num_visual), num_text)
         except ValueError as error:
             table.append({**row, "reason": str(error)})

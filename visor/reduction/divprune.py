@@ -66,9 +66,9 @@ def farthest(distance_BNN: torch.Tensor, num_kept: int) -> torch.Tensor:
     if num_tokens == 1:
         return torch.zeros((batch, 1), dtype=torch.long, device=distance_BNN.device)
     picks = [nearest_BN.argmax(1)]
+    distance_BNN = distance_BNN.masked_fill(itself_NN, -torch.inf)  # a token that is chosen is never the farthest again
     nearest_BN = distance_BNN[rows_B, picks[0]]
     for _ in range(num_kept - 1):
-        nearest_BN = nearest_BN.scatter(1, torch.stack(picks[-1:], 1), -torch.inf)  # never twice
         picks.append(nearest_BN.argmax(1))
         nearest_BN = torch.minimum(nearest_BN, distance_BNN[rows_B, picks[-1]])
     return torch.stack(picks, dim=1)
