@@ -168,6 +168,20 @@ def _empty(axes, text: str) -> None:
     axes.grid(visible=False)  # the ticks stay: y axes are shared
 
 
+def dense_band(axes, dense: Interval) -> None:
+    """A line at the accuracy of dense, and the band of what is within `MARGIN` below it. The axis is in percent."""
+    axes.axhspan(100 * (dense.estimate - MARGIN), 100 * dense.estimate, color=BAND, zorder=0)
+    axes.axhline(100 * dense.estimate, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+
+
+def _frontier_step(axes, x: np.ndarray, y: np.ndarray) -> None:
+    """The exact frontier of costs and scores as a dashed step, a little beyond the dearest point."""
+    on_frontier = pareto.frontier(x, y)
+    best = sorted(zip(x[on_frontier], y[on_frontier], strict=True))
+    costs, scores = [p[0] for p in best] + [x.max() * 1.02], [p[1] for p in best] + [best[-1][1]]
+    axes.step(costs, scores, where="post", color=MUTED, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1.5)
+
+
 # -- accuracy against cost -----------------------------------------------------------------------------------------
 
 
@@ -210,20 +224,10 @@ def pareto_figure(analysis: Analysis, watermark: str) -> Drawing | None:
             _empty(axes, "not measured in this run")
             continue
         if dense:
-            axes.axhspan(100 * (dense.estimate - MARGIN), 100 * dense.estimate, color=BAND, zorder=0)
-            axes.axhline(100 * dense.estimate, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+            dense_band(axes, dense)
         rivals = [p for p in points if not p[0].is_oracle] or points
         x, y = np.array([p[1] for p in rivals]), np.array([p[2].estimate for p in rivals])
-        best = sorted(zip(x[pareto.frontier(x, y)], y[pareto.frontier(x, y)], strict=True))
-        axes.step(
-            [p[0] for p in best] + [x.max() * 1.02],
-            [p[1] for p in best] + [best[-1][1]],
-            where="post",
-            color=MUTED,
-            linewidth=0.9,
-            linestyle=(0, (4, 2)),
-            zorder=1.5,
-        )
+        _frontier_step(axes, x, y)
         _curves(axes, points, counter, label_policies=title == "Decoder FLOPs")
         if title == "Prefill latency":
             axes.set_xlim(0, x.max() * 1.08)

@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from reports import plotting
-from reports.comparisons import MARGIN, Analysis
-from reports.figures import WIDTH, layout
-from reports.plotting import BAND, GRID, INK, MUTED, SURFACE, Drawing, plain, series_id
+from reports.comparisons import Analysis
+from reports.figures import WIDTH, dense_band, layout
+from reports.plotting import GRID, INK, MUTED, SURFACE, Drawing, plain, series_id
 from reports.policy import Point, PolicySection
 from reports.style import PALETTE, css_name, method_style
 
@@ -25,15 +25,33 @@ def policy_curve(analysis: Analysis, section: PolicySection, watermark: str) -> 
     if len(points) < 2:
         return None
     method = section.family.method
-    colour, counter = method_style(method).light, [0]
     figure = plotting.new_figure(WIDTH, 3.9)
     axes = figure.subplots()
     dense = analysis.average(analysis.run.dense) if analysis.run.dense else None
     if dense:
-        axes.axhspan(100 * (dense.estimate - MARGIN), 100 * dense.estimate, color=BAND, zorder=0)
-        axes.axhline(100 * dense.estimate, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+        dense_band(axes, dense)
         axes.annotate("dense", (1, 100 * dense.estimate), xycoords=("axes fraction", "data"), ha="right", va="bottom",
                       fontsize=7.5, color=MUTED, xytext=(-2, 2), textcoords="offset points")  # fmt: skip
+    handles = _draw_policies(axes, points, method)
+    axes.grid(color=GRID)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("mean decoder FLOPs, % of dense, router and every attempt of a cascade included")
+    axes.set_ylabel("average accuracy, %")
+    figure.legend(handles=handles, loc="center left", bbox_to_anchor=(0.72, 0.5), handlelength=2.4, labelspacing=0.9)
+    layout(figure, right=3.15, legend=False)
+    caption = (
+        "Policies over the configurations of one network. Up and left is better. A router earns its place above the "
+        "line of the fixed configurations and above its own choices dealt out at random, which cost the same. "
+        "Bars: 95 % confidence intervals of the fixed configurations, clustered by image; band: within 1 point below "
+        "dense."
+    )
+    name = f"policy_curve_{css_name(method)}"
+    return plotting.finish(figure, name, "Policies: accuracy against mean cost", caption, watermark, legend=False)
+
+
+def _draw_policies(axes, points: list[Point], method: str) -> list[Line2D]:
+    """Every policy's points, those of a sweep as a curve. Returns the legend's entries."""
+    colour, counter = method_style(method).light, [0]
     of = lambda policy: sorted((p for p in points if p.setting.policy == policy), key=lambda p: p.cost)
     handles = []
 
@@ -79,20 +97,7 @@ def policy_curve(analysis: Analysis, section: PolicySection, watermark: str) -> 
     for point in fixed:
         axes.annotate(plain(point.setting.dial), (100 * point.cost, 100 * point.score.estimate), xytext=(5, -11),
                       textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
-    axes.grid(color=GRID)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("mean decoder FLOPs, % of dense, router and every attempt of a cascade included")
-    axes.set_ylabel("average accuracy, %")
-    figure.legend(handles=handles, loc="center left", bbox_to_anchor=(0.72, 0.5), handlelength=2.4, labelspacing=0.9)
-    layout(figure, right=3.15, legend=False)
-    caption = (
-        "Policies over the configurations of one network. Up and left is better. A router earns its place above the "
-        "line of the fixed configurations and above its own choices dealt out at random, which cost the same. "
-        "Bars: 95 % confidence intervals of the fixed configurations, clustered by image; band: within 1 point below "
-        "dense."
-    )
-    name = f"policy_curve_{css_name(method)}"
-    return plotting.finish(figure, name, "Policies: accuracy against mean cost", caption, watermark, legend=False)
+    return handles
 
 
 def _tooltip(point: Point) -> str:
