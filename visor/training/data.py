@@ -22,6 +22,8 @@ from budgets.registry import nearest_first
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from visor.synthetic.world import Label
+
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 BLOCK = 1000  # positions over which the weights of a mixture are met exactly
@@ -40,12 +42,14 @@ class Example:
         image: decoded, RGB.
         conversations: each a sequence of (question, answer) exchanges.
         kinds: what each conversation is about, for accuracy by task.
+        labels: what stands where in the image, if it is a scene of a built-in world.
     """
 
     key: str
     image: Image
     conversations: tuple[tuple[tuple[str, str], ...], ...]
     kinds: tuple[str, ...]
+    labels: tuple[Label, ...] = ()
 
 
 class Source(Protocol):
@@ -282,6 +286,7 @@ class WorldSource:
             one.image,
             tuple(((question.text, question.answer),) for question in asked),
             tuple(question.kind for question in asked),
+            one.labels,
         )
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
+from visor.synthetic.world import SLOTS
 from visor.training.data import BadRow, Example
+from visor.training.symbolic import PatchWords
 
 IGNORED = -100
 
@@ -46,6 +49,7 @@ class Row:
         num_visual: image tokens among them.
         pixel_inputs: what the processor made of the image.
         kinds: for each segment what it is about.
+        facts: (index in the prefix, slot, token id) of what visual tokens should know (`visor.training.refined`).
     """
 
     key: str
@@ -54,6 +58,7 @@ class Row:
     segments: tuple[Segment, ...]
     pixel_inputs: Mapping[str, Tensor] = field(repr=False)
     kinds: tuple[str, ...] = ()
+    facts: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_text(self) -> int:
@@ -71,6 +76,7 @@ class Encoder:
         max_text_tokens: longer rows are skipped.
         hint_tokens: so many tokens before a prompt's last one are asked for the answer's first token too. A training
             aid for small models: a lookup forms sooner (`visor.training.packing`).
+        with_facts: rows carry the facts of their image's labels.
     """
 
     def __init__(
@@ -80,11 +86,13 @@ class Encoder:
         pixel_names: Sequence[str] = ("pixel_values",),
         max_text_tokens: int = 2048,
         hint_tokens: int = 0,
+        with_facts: bool = False,
     ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_ids, self.pixel_names = frozenset(image_token_ids), (*pixel_names, "image_sizes")
-        self.max_text_tokens, self.hint_tokens = max_text_tokens, hint_tokens
+        self.max_text_tokens, self.hint_tokens, self.with_facts = max_text_tokens, hint_tokens, with_facts
         self._pieces: dict[tuple, tuple[list[int], list[list[int]]]] = {}
+        self._patch_words: dict[int, PatchWords] = {}
         self._prefixes: dict[tuple, tuple[int, ...]] = {}
 
     def encode(self, example: Example) -> Row:
@@ -96,10 +104,20 @@ class Encoder:
         pixel_inputs, prefix = self._prefix(example)
         segments = tuple(self._segment(conversation) for conversation in example.conversations)
         num_visual = sum(token in self.image_ids for token in prefix)
-        row = Row(example.key, prefix, num_visual, segments, pixel_inputs, example.kinds)
+        facts = self._facts(example, len(prefix) - num_visual, num_visual) if self.with_facts else ()
+        row = Row(example.key, prefix, num_visual, segments, pixel_inputs, example.kinds, facts)
         if row.num_text > self.max_text_tokens:
             raise BadRow(f"{row.num_text} text tokens, more than {self.max_text_tokens} (max_text_tokens)")
         return row
+
+    def _facts(self, example: Example, first: int, num_visual: int) -> tuple[tuple[int, int, int], ...]:
+        words = self._patch_words.get(num_visual)
+        if words is None:
+            words = self._patch_words[num_visual] = PatchWords(self.tokenizer, isqrt(num_visual))
+        stated = [(words.patch_of(label), *fact) for label in example.labels for fact in label.facts]
+        if unknown := sorted({word for _, _, word in stated if word not in words.vocabulary}):
+            raise BadRow(f"the tokenizer has no one token for the facts {unknown}; set facts_weight to 0")
+        return tuple((first + patch, SLOTS.index(slot), words.vocabulary[word]) for patch, slot, word in stated)
 
     def _prefix(self, example: Example) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         """Pixels, and the token ids up to the last image token."""

@@ -22,6 +22,7 @@ from visor.families.base import FamilyAdapter, adapter_for
 from visor.streams import PromptStreams, take
 from visor.training.batch import PADDING, SHARED, Batch
 from visor.training.encoding import IGNORED
+from visor.training.refined import RefinedFacts
 
 TRAINABLE_FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 Features = tuple[Tensor, ...]
@@ -45,9 +46,15 @@ class PackedModel:
         self.adapter: FamilyAdapter = adapter_for(self.base)
         self.decoder: nn.Module = self.adapter.decoder
         self.num_layers = len(self.decoder.layers)
+        self.facts: RefinedFacts | None = None
         kernel = getattr(self.decoder.config, "_attn_implementation", "sdpa")
         if kernel not in ("sdpa", "float32_sdpa", "eager"):
             raise ValueError(f"packed training needs a kernel that takes block masks (sdpa), the model uses {kernel!r}")
+
+    def read_facts(self, vocabulary: int) -> None:
+        """From now on, read facts off refined visual tokens, as a side loss."""
+        config = self.visor.config
+        self.facts = RefinedFacts(self.decoder, config.cross_layers, config.self_layers, vocabulary)
 
     def schedule(self, self_layers: Iterable[int] | None) -> Schedule:
         """TEXT, CROSS and SELF layers of a subset of the slots; None is dense. It holds for any number of tokens."""

@@ -17,7 +17,7 @@ def averaged(batch: Batch, features: Sequence[Features], side: int, pad_id: int)
     rows = []
     for row in batch.rows:
         first = len(row.prefix) - row.num_visual  # the image tokens end the prefix
-        rows.append(replace(row, prefix=row.prefix[: first + side * side], num_visual=side * side))
+        rows.append(replace(row, prefix=row.prefix[: first + side * side], num_visual=side * side, facts=()))
     smaller = Batch.of(rows, pad_id, with_pixels=False)
     return smaller.to(batch.input_ids_BS.device), [tuple(pooled(level, side) for level in one) for one in features]
 
@@ -43,6 +43,8 @@ class VisorObjective(Objective):
         sides: of averaged token grids to draw from, beside the full one.
         pooled_share: share of the steps that run on one of the `sides`.
         seed: of the draws.
+        facts_weight: of a fact that a refined visual token should hold, beside an answer token
+            (`visor.training.refined`).
     """
 
     configurations: tuple[tuple[int, ...], ...]
@@ -51,6 +53,7 @@ class VisorObjective(Objective):
     seed: int = 0
     pad_id: int = 0
     hint_weight: float = 0.0
+    facts_weight: float = 0.0
 
     def num_passes(self, step: int) -> int:
         return 1
@@ -67,7 +70,12 @@ class VisorObjective(Objective):
         name = f"{len(subset)} SELF" + (f" side {side}" if side else "")
         if side is not None:
             batch, features = averaged(batch, features, side, self.pad_id)
-        yield Pass(name, answers_of(packed.logits(batch, features, subset), batch, self.hint_weight))
+        answers, right = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight), []
+        if packed.facts is not None:
+            loss, right = packed.facts.loss_sum(batch.rows, subset)
+            if loss is not None:
+                answers.loss_sum = answers.loss_sum + self.facts_weight * loss
+        yield Pass(name, answers, right)
 
 
 @dataclass(frozen=True)

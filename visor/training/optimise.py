@@ -45,6 +45,7 @@ class Optimisation:
         precision: "bf16" (autocast, float32 weights) or "fp32".
         ema: decay of an exponential moving average of the weights, which then is what the stage yields; 0 is off.
         hint_weight: weight of the hints in the loss (`visor.training.encoding`).
+        facts_weight: weight of a fact in the loss (`visor.training.refined`); 0 reads none.
         seed: of data order and random choices.
         workers: processes that read and encode data ahead; 0 reads in the training process.
         log_every: steps between log lines.
@@ -63,6 +64,7 @@ class Optimisation:
     precision: str = "bf16"
     ema: float = 0.0
     hint_weight: float = 0.0
+    facts_weight: float = 0.0
     seed: int = 0
     workers: int = 0
     log_every: int = 20
@@ -92,10 +94,11 @@ class Optimisation:
 
 @dataclass
 class Pass:
-    """One forward pass of a step: what ran, for the log, and what came out."""
+    """One forward pass of a step: what ran, for the log, what came out, and which facts were right."""
 
     name: str
     answers: Answers
+    facts: list[bool] = field(default_factory=list)
 
 
 class Objective(ABC):
@@ -168,6 +171,8 @@ class Tally:
             self.passes[one.name] += right
             for kind, ok in zip(row.kinds, right, strict=True):
                 self.right[kind].append(ok)
+        if one.facts:
+            self.passes[f"{one.name} facts"] += one.facts
 
 
 class StepData(torch.utils.data.Dataset):
@@ -219,6 +224,8 @@ class Training:
         self.folder, self.processes = folder, processes
         folder.mkdir(parents=True, exist_ok=True)
         packed.model.to(processes.device).train()
+        if packed.facts is not None:
+            packed.facts.to(processes.device).train()
         self.parameters = freeze_all_but(packed, trainable)
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         vectors = [p for p in self.parameters.values() if p.ndim < 2]
@@ -263,7 +270,7 @@ class Training:
     def _resume(self) -> None:
         if not self._state_path.exists():
             return
-        state = torch.load(self._state_path, map_location=self.processes.device, weights_only=True)
+        state = torch.load(self._state_path, map_location="cpu", weights_only=True)
         if set(state["parameters"]) != set(self.parameters) or bool(state["average"]) != bool(self.average):
             raise ValueError(
                 f"{self._state_path} is of a run that trained other parts; delete the folder to start anew, or repeat "
@@ -477,4 +484,5 @@ def freeze_all_but(packed: PackedModel, trainable: Sequence[str]) -> dict[str, n
     for name in trainable:
         for module in parts[name]:
             module.requires_grad_(True)
-    return {name: p for name, p in packed.model.named_parameters() if p.requires_grad}
+    extra = {} if packed.facts is None else {f"facts.{name}": p for name, p in packed.facts.named_parameters()}
+    return {name: p for name, p in packed.model.named_parameters() if p.requires_grad} | extra

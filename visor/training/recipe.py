@@ -157,6 +157,11 @@ class Recipe:
         if self.stage == "m3" and not self.pooling.sides:
             raise ValueError("the stage 'm3' needs pooling.sides: the scales to average over, such as [12, 6, 3, 1]")
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """From what `to_dict` gave, here or in an earlier version: options that came later have their defaults."""
+        return _build(cls, values, "")
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)

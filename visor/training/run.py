@@ -99,7 +99,7 @@ def remember(recipe: Recipe, folder: Path, is_main: bool) -> None:
 
     path, own = folder / "recipe.json", json.loads(json.dumps(recipe.to_dict()))
     if path.exists():
-        before = json.loads(path.read_text())
+        before = json.loads(json.dumps(Recipe.from_dict(json.loads(path.read_text())).to_dict()))
         strip = lambda d: {**d, "tensorboard": None, "optimisation": {
             k: v for k, v in d["optimisation"].items() if k not in MAY_CHANGE}}  # fmt: skip
         old, new = strip(before), strip(own)
@@ -179,11 +179,18 @@ def _encoder(recipe: Recipe, packed: Any, processor: Any) -> Any:
 
     adapter, options = packed.adapter, recipe.encoding
     return Encoder(
-        processor, adapter.image_token_ids, adapter.image_fields, options.max_text_tokens, options.hint_tokens
+        processor,
+        adapter.image_token_ids,
+        adapter.image_fields,
+        options.max_text_tokens,
+        options.hint_tokens,
+        with_facts=packed.facts is not None,
     )
 
 
 def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: Any, stop_after: int | None, **_: Any):
+    import torch
+
     from visor.training.data import Stream
     from visor.training.objectives import NestedPooling, VisorObjective
     from visor.training.optimise import Training
@@ -196,8 +203,15 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
         config = packed.visor.config
         subsets = config.configurations if recipe.stage == "universal" else [config.self_layers]
         objective = VisorObjective(
-            tuple(tuple(subset) for subset in subsets), recipe.pooling.sides, recipe.pooling.share, **common
+            tuple(tuple(subset) for subset in subsets),
+            recipe.pooling.sides,
+            recipe.pooling.share,
+            facts_weight=options.facts_weight,
+            **common,
         )
+        if options.facts_weight:
+            torch.manual_seed(recipe.seed)
+            packed.read_facts(len(processor.tokenizer))
     training = Training(
         packed,
         recipe.train,

@@ -102,7 +102,7 @@ torch.set_num_threads(1)
 import test_optimise
 one = test_optimise.training((None, Path(sys.argv[2])), Path(sys.argv[3]), steps=2, file="mixed.json", sgd=True)
 assert one.processes.size == 2 and one.processes.device.type == "cpu"
-one.run()
+one.run(int(sys.argv[4]))
 if one.processes.is_main:
     torch.save(test_optimise.weights(one), Path(sys.argv[3]) / "weights.pt")
 """
@@ -117,11 +117,12 @@ def test_two_processes_take_the_step_of_one_with_the_doubled_batch(llava_data, t
     here = os.path.dirname(__file__)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, here, str(llava_data[1]), str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=300, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    for stop in ("1", "2"):  # the second command resumes, as both processes
+        done = subprocess.run(
+            [*command, here, str(llava_data[1]), str(tmp_path / "two"), stop],
+            capture_output=True, text=True, timeout=300, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
     both = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
     assert same(weights(one), both, 1e-6)
     rows = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]

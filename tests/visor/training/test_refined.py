@@ -1,0 +1,100 @@
+"""Facts read off refined visual tokens: at the right tokens, after the right layers, and learnable."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_checkpoint import make_image, make_llava, make_processor
+from tiny_models import wake_cross_blocks
+
+from visor.conversion import convert
+from visor.synthetic.world import SLOTS
+from visor.synthetic.worlds import scene
+from visor.training.batch import Batch
+from visor.training.data import BadRow, Example, WorldSource
+from visor.training.encoding import Encoder
+from visor.training.forward import PackedModel
+from visor.training.objectives import VisorObjective
+from visor.training.symbolic import PatchWords
+from visor.training.vocabulary import build_processor
+
+
+def test_facts_stand_at_the_patch_of_their_label():
+    processor = build_processor(12)
+    image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    example = WorldSource("forms").read(3)
+    row = Encoder(processor, [image_id], with_facts=True).encode(example)
+    patches, vocabulary = PatchWords(processor.tokenizer, 12), processor.tokenizer.get_vocab()
+    first = row.prefix.index(image_id)
+    expected = {
+        (first + patches.patch_of(label), SLOTS.index(slot), vocabulary[word])
+        for label in scene("forms", "train", 3).labels
+        for slot, word in label.facts
+    }
+    assert expected and set(row.facts) == expected
+    assert all(row.prefix[place] == image_id for place, _, _ in row.facts)
+    assert Encoder(processor, [image_id]).encode(example).facts == ()
+
+
+def test_a_tokenizer_without_the_words_is_told_so():
+    packed = PackedModel(make_llava())
+    labelled = Example("x", make_image(0), ((("what 1?", "1"),),), ("k",), scene("scenes", "train", 0).labels)
+    labels = tuple(replace(label, facts=(("color", "no-such-word"),)) for label in labelled.labels)
+    encoder = Encoder(make_processor(), packed.adapter.image_token_ids, with_facts=True)
+    with pytest.raises(BadRow, match="no-such-word.*facts_weight to 0"):
+        encoder.encode(replace(labelled, labels=labels))
+
+
+@pytest.fixture
+def reading():
+    """(model that reads facts, a batch of two rows of which one has facts, its features)."""
+    torch.manual_seed(0)
+    model = wake_cross_blocks(convert(make_llava(), self_layers=[1, 3, 5], cross_layers=[0, 2, 4]))
+    packed = PackedModel(model)
+    packed.read_facts(20)
+    packed.facts.train()
+    encoder = Encoder(make_processor(), packed.adapter.image_token_ids)
+    rows = [encoder.encode(Example(f"r{i}", make_image(i), ((("what 1?", "1"),),), ("k",))) for i in range(2)]
+    first = len(rows[0].prefix) - rows[0].num_visual
+    rows[1] = replace(rows[1], facts=((first, 2, 7), (first + 3, 5, 11)))
+    batch = Batch.of(rows, 0)
+    return packed, batch, packed.image_features(batch)
+
+
+@pytest.mark.parametrize(("subset", "read"), [((), []), ((5,), []), ((1,), [1]), ((1, 3, 5), [1, 3])])
+def test_layers_that_ran_before_the_last_cross_layer_are_read(reading, subset, read):
+    packed, batch, features = reading
+    layers = {layer: [] for layer in (1, 3, 5)}
+    for layer, seen in layers.items():
+        packed.decoder.layers[layer].register_forward_hook(
+            lambda _, __, output, seen=seen: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+    packed.logits(batch, features, subset)
+    loss, right = packed.facts.loss_sum(batch.rows, subset)
+    if not read:
+        assert loss is None and right == []
+        return
+    expected = 0.0
+    for layer in read:
+        for place, slot, word in batch.rows[1].facts:
+            hidden_D = layers[layer][0][1, place]
+            logits_SW = packed.facts.classifier(packed.facts.norm(hidden_D)).view(len(SLOTS), 20)
+            expected -= logits_SW[slot].log_softmax(-1)[word]
+    assert len(right) == 2 and loss.item() == pytest.approx(expected.item() / len(read), rel=1e-5)
+
+
+def test_facts_join_the_loss_and_are_learned(reading):
+    packed, batch, features = reading
+    objective = VisorObjective(((1, 3, 5),), facts_weight=2.0)
+    plain = VisorObjective(((1, 3, 5),))
+    (one,), (other,) = (list(each.passes(packed, batch, features, 0)) for each in (objective, plain))
+    packed.logits(batch, features, (1, 3, 5))
+    facts, _ = packed.facts.loss_sum(batch.rows, (1, 3, 5))
+    assert one.answers.loss_sum.item() == pytest.approx(other.answers.loss_sum.item() + 2 * facts.item(), rel=1e-5)
+    optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.facts.parameters()], 1e-2)
+    for _ in range(30):
+        (one,) = objective.passes(packed, batch, [tuple(x.detach() for x in f) for f in features], 0)
+        optimizer.zero_grad()
+        one.answers.loss_sum.backward()
+        optimizer.step()
+    assert one.facts == [True, True]

@@ -1,0 +1,72 @@
+"""Facts that refined visual tokens should hold: what a SELF layer is for, taught directly.
+
+After a SELF layer a visual token should know what stands elsewhere and belongs to it: the key of a value, its row, the
+other end of a line (`Label.facts`). A CROSS layer then reads it in one look. From answers alone a small model takes
+thousands of steps to find this out; the base model learned it the same way (`visor.training.facts`). A training aid of
+the built-in worlds, not part of the model, and off unless a recipe gives it a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visor.synthetic.world import SLOTS
+from visor.training.encoding import Row
+
+
+class RefinedFacts(nn.Module):
+    """Reads facts off the visual tokens after every SELF layer that a CROSS layer follows.
+
+    Args:
+        decoder: whose layers are watched.
+        cross_layers, self_layers: of the VISOR model.
+        vocabulary: number of words to tell apart.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, cross_layers: Sequence[int], self_layers: Sequence[int], vocabulary: int
+    ) -> None:
+        super().__init__()
+        width = decoder.config.hidden_size
+        self.norm = nn.RMSNorm(width)
+        self.classifier = nn.Linear(width, len(SLOTS) * vocabulary)
+        nn.init.normal_(self.classifier.weight, std=width**-0.5)
+        self._watched = [layer for layer in self_layers if layer < max(cross_layers, default=0)]
+        self._seen: dict[int, Tensor] = {}
+        for layer in self._watched:
+            decoder.layers[layer].register_forward_hook(lambda _, __, output, at=layer: self._see(at, output))
+
+    def _see(self, layer: int, output: Tensor | tuple) -> None:
+        if self.training:
+            self._seen[layer] = output[0] if isinstance(output, tuple) else output
+
+    def loss_sum(self, rows: Sequence[Row], refined: Iterable[int]) -> tuple[Tensor | None, list[bool]]:
+        """Cross-entropy summed over facts, its mean over the layers read, and which facts are right at the last one.
+
+        Args:
+            rows: of the batch that has just run.
+            refined: SELF layers that ran; at the others the visual tokens stood still.
+
+        Returns:
+            (None, []) where there is nothing to read.
+        """
+        seen, self._seen = self._seen, {}
+        facts = [(b, *fact) for b, row in enumerate(rows) for fact in row.facts]
+        layers = [layer for layer in self._watched if layer in set(refined)]
+        if not facts or not layers:
+            return None, []
+        device = seen[layers[0]].device
+        row_N, place_N, slot_N, word_N = torch.tensor(facts, device=device).unbind(1)
+        index_N, total, right = torch.arange(len(facts), device=device), 0.0, []
+        with torch.autocast(device.type, enabled=False):
+            for layer in layers:
+                hidden_ND = seen[layer][row_N, place_N].float()
+                logits_NSW = self.classifier(self.norm(hidden_ND)).unflatten(-1, (len(SLOTS), -1))
+                logits_NW = logits_NSW[index_N, slot_N]
+                total = total + F.cross_entropy(logits_NW, word_N, reduction="sum")
+                right = (logits_NW.detach().argmax(-1) == word_N).tolist()
+        return total / len(layers), right
