@@ -99,30 +99,49 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
-import test_optimise
-one = test_optimise.training((None, Path(sys.argv[2])), Path(sys.argv[3]), steps=2, file="mixed.json", sgd=True)
-assert one.processes.size == 2 and one.processes.device.type == "cpu"
-one.run(int(sys.argv[4]))
-if one.processes.is_main:
-    torch.save(test_optimise.weights(one), Path(sys.argv[3]) / "weights.pt")
+from test_optimise import same, training, weights
+data, out = (None, Path(sys.argv[2])), Path(sys.argv[3])
 """
+DOUBLED = """
+one = training(data, out, steps=2, file="mixed.json", sgd=True)
+assert one.processes.size == 2 and one.processes.device.type == "cpu"
+one.run()
+if one.processes.is_main:
+    torch.save(weights(one), out / "weights.pt")
+"""
+RESUMED = """
+whole = training(data, out / "whole", steps=2)
+whole.run()
+training(data, out / "broken", steps=2).run(stop_after=1)
+resumed = training(data, out / "broken", steps=2)
+assert resumed.processes.size == 2 and resumed.step == 1
+resumed.run()
+assert same(weights(whole), weights(resumed))
+"""
+
+
+def run_in_two_processes(script, data, out, folder):
+    """Run Python source after `SCRIPT` under torchrun."""
+    path = folder / "script.py"
+    path.write_text(SCRIPT + script)
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
+    done = subprocess.run(
+        [*command, here, str(data[1]), str(out)], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_resume(llava_data, tmp_path):
+    run_in_two_processes(RESUMED, llava_data, tmp_path, tmp_path)
 
 
 def test_two_processes_take_the_step_of_one_with_the_doubled_batch(llava_data, tmp_path):
     """Of unusable rows too: the processes have different numbers of answers, and each answer token counts the same."""
     one = training(llava_data, tmp_path / "one", steps=2, file="mixed.json", sgd=True)
     one.run()
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    here = os.path.dirname(__file__)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    for stop in ("1", "2"):  # the second command resumes, as both processes
-        done = subprocess.run(
-            [*command, here, str(llava_data[1]), str(tmp_path / "two"), stop],
-            capture_output=True, text=True, timeout=300, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    run_in_two_processes(DOUBLED, llava_data, tmp_path / "two", tmp_path)
     both = torch.load(tmp_path / "two" / "weights.pt", weights_only=True)
     assert same(weights(one), both, 1e-6)
     rows = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
