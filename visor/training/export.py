@@ -4,7 +4,7 @@
     python -m evaluations.run --suite all --methods dense --out runs/card
     python -m visor.training.export --out visor/checkpoints/dense-tiny --results runs/card/results.json
 
-    python -m visor.training.export --run runs/tiny --unfinished --out visor/training/unfinished
+    python -m visor.training.export --run runs/tiny --unfinished --out packed
 
 The first line writes the model, the third its card with the accuracy that the benchmark measured. The last
 packs a training that is to go on elsewhere: copy the folder to runs/tiny there, and run the stage again.
