@@ -22,11 +22,9 @@ from visor.families.base import FamilyAdapter, adapter_for
 from visor.streams import PromptStreams, take
 from visor.training.batch import PADDING, SHARED, Batch
 from visor.training.encoding import IGNORED
-from visor.training.refined import RefinedFacts
+from visor.training.refined import Features, RefinedFacts
 
 TRAINABLE_FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
-Features = tuple[Tensor, ...]
-"""Projected features [N, D] of one image, and what DeepStack adds to them, a tensor a level."""
 
 
 class PackedModel:

@@ -72,7 +72,7 @@ class VisorObjective(Objective):
             batch, features = averaged(batch, features, side, self.pad_id)
         answers, right = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight), []
         if packed.facts is not None:
-            loss, right = packed.facts.loss_sum(batch.rows, subset)
+            loss, right = packed.facts.loss_sum(batch.rows, features, subset)
             if loss is not None:
                 answers.loss_sum = answers.loss_sum + self.facts_weight * loss
         yield Pass(name, answers, right)

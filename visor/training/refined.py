@@ -1,9 +1,10 @@
-"""Facts that refined visual tokens should hold: what a SELF layer is for, taught directly.
+"""Facts that visual tokens should hold before text reads them: what tower and SELF layers are for, taught directly.
 
-After a SELF layer a visual token should know what stands elsewhere and belongs to it: the key of a value, its row, the
-other end of a line (`Label.facts`). A CROSS layer then reads it in one look. From answers alone a small model takes
-thousands of steps to find this out; the base model learned it the same way (`visor.training.facts`). A training aid of
-the built-in worlds, not part of the model, and off unless a recipe gives it a weight.
+A visual token should know what stands elsewhere and belongs to it: the key of a value, its row, the other end of a line
+(`Label.facts`). A CROSS layer then reads it in one look. Asked are the tokens as they enter the decoder, as far as the
+tower can know, and after every SELF layer. From answers alone a small model takes thousands of steps to find this out;
+the base model learned it the same way (`visor.training.facts`). A training aid of the built-in worlds, not part of the
+model, and off unless a recipe gives it a weight.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 from visor.synthetic.world import SLOTS
 from visor.training.encoding import Row
 
+Features = tuple[Tensor, ...]
+"""Projected features [N, D] of one image, and what DeepStack adds to them, a tensor a level."""
+
 
 class RefinedFacts(nn.Module):
-    """Reads facts off the visual tokens after every SELF layer that a CROSS layer follows.
+    """Reads facts off the visual tokens as they enter, and after every SELF layer that a CROSS layer follows.
 
     Args:
         decoder: whose layers are watched.
@@ -44,29 +48,34 @@ class RefinedFacts(nn.Module):
         if self.training:
             self._seen[layer] = output[0] if isinstance(output, tuple) else output
 
-    def loss_sum(self, rows: Sequence[Row], refined: Iterable[int]) -> tuple[Tensor | None, list[bool]]:
-        """Cross-entropy summed over facts, its mean over the layers read, and which facts are right at the last one.
+    def loss_sum(
+        self, rows: Sequence[Row], features: Sequence[Features], refined: Iterable[int]
+    ) -> tuple[Tensor | None, list[bool]]:
+        """Cross-entropy summed over facts, its mean over the readings, and which facts are right at the last one.
 
         Args:
             rows: of the batch that has just run.
+            features: of their images, as the decoder got them.
             refined: SELF layers that ran; at the others the visual tokens stood still.
 
         Returns:
-            (None, []) where there is nothing to read.
+            (None, []) where no row has facts.
         """
         seen, self._seen = self._seen, {}
         facts = [(b, *fact) for b, row in enumerate(rows) for fact in row.facts]
-        layers = [layer for layer in self._watched if layer in set(refined)]
-        if not facts or not layers:
+        if not facts:
             return None, []
-        device = seen[layers[0]].device
+        device = features[0][0].device
         row_N, place_N, slot_N, word_N = torch.tensor(facts, device=device).unbind(1)
+        first = [len(row.prefix) - row.num_visual for row in rows]  # the image tokens end the prefix
+        readings = [torch.stack([features[b][0][place - first[b]] for b, place, _, _ in facts])]
+        readings += [seen[layer][row_N, place_N] for layer in self._watched if layer in set(refined)]
         index_N, total, right = torch.arange(len(facts), device=device), 0.0, []
         with torch.autocast(device.type, enabled=False):
-            for layer in layers:
-                hidden_ND = seen[layer][row_N, place_N].float()
+            for hidden_ND in readings:
+                hidden_ND = hidden_ND.float()
                 logits_NSW = self.classifier(self.norm(hidden_ND)).unflatten(-1, (len(SLOTS), -1))
                 logits_NW = logits_NSW[index_N, slot_N]
                 total = total + F.cross_entropy(logits_NW, word_N, reduction="sum")
                 right = (logits_NW.detach().argmax(-1) == word_N).tolist()
-        return total / len(layers), right
+        return total / len(readings), right

@@ -62,7 +62,7 @@ def reading():
 
 
 @pytest.mark.parametrize(("subset", "read"), [((), []), ((5,), []), ((1,), [1]), ((1, 3, 5), [1, 3])])
-def test_layers_that_ran_before_the_last_cross_layer_are_read(reading, subset, read):
+def test_the_input_and_layers_that_ran_before_the_last_cross_layer_are_read(reading, subset, read):
     packed, batch, features = reading
     layers = {layer: [] for layer in (1, 3, 5)}
     for layer, seen in layers.items():
@@ -70,17 +70,15 @@ def test_layers_that_ran_before_the_last_cross_layer_are_read(reading, subset, r
             lambda _, __, output, seen=seen: seen.append(output[0] if isinstance(output, tuple) else output)
         )
     packed.logits(batch, features, subset)
-    loss, right = packed.facts.loss_sum(batch.rows, subset)
-    if not read:
-        assert loss is None and right == []
-        return
-    expected = 0.0
-    for layer in read:
+    loss, right = packed.facts.loss_sum(batch.rows, features, subset)
+    first, expected = len(batch.rows[1].prefix) - batch.rows[1].num_visual, 0.0
+    for layer in [None, *read]:
         for place, slot, word in batch.rows[1].facts:
-            hidden_D = layers[layer][0][1, place]
+            hidden_D = features[1][0][place - first] if layer is None else layers[layer][0][1, place]
             logits_SW = packed.facts.classifier(packed.facts.norm(hidden_D)).view(len(SLOTS), 20)
             expected -= logits_SW[slot].log_softmax(-1)[word]
-    assert len(right) == 2 and loss.item() == pytest.approx(expected.item() / len(read), rel=1e-5)
+    assert len(right) == 2 and loss.item() == pytest.approx(expected.item() / (1 + len(read)), rel=1e-5)
+    assert packed.facts.loss_sum(batch.rows[:1], features[:1], subset) == (None, [])
 
 
 def test_facts_join_the_loss_and_are_learned(reading):
@@ -89,7 +87,7 @@ def test_facts_join_the_loss_and_are_learned(reading):
     plain = VisorObjective(((1, 3, 5),))
     (one,), (other,) = (list(each.passes(packed, batch, features, 0)) for each in (objective, plain))
     packed.logits(batch, features, (1, 3, 5))
-    facts, _ = packed.facts.loss_sum(batch.rows, (1, 3, 5))
+    facts, _ = packed.facts.loss_sum(batch.rows, features, (1, 3, 5))
     assert one.answers.loss_sum.item() == pytest.approx(other.answers.loss_sum.item() + 2 * facts.item(), rel=1e-5)
     optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.facts.parameters()], 1e-2)
     for _ in range(30):
