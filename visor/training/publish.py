@@ -20,13 +20,14 @@ from typing import Any
 FACTS = "training_facts.md"  # not .json: facts about training cannot change an answer, and are no part of the hash
 
 
-def publish(run: Path, model: Path, out: Path, base: str) -> Path:
+def publish(run: Path, model: Path, out: Path, base: str, history: str = "") -> Path:
     """Write the shipped folder.
 
     Args:
         run: folder with one folder a stage, in each `done.json`.
         model: the model folder to ship.
         base: name of the model that the training began with.
+        history: for the card, in what this run was other than its recipes, or what is still to do.
 
     Raises:
         ValueError: no finished stage.
@@ -47,6 +48,7 @@ def publish(run: Path, model: Path, out: Path, base: str) -> Path:
         "base": base,
         "kind": "visor" if loaded.config.model_type == "visor" else "m3",
         "hardware": platform.machine(),
+        "history": history,
         "stages": stages,
     }
     if facts["kind"] == "visor":
@@ -127,7 +129,7 @@ of them.
 {recipe}{chr(10).join(rows)}
 
 {others}
-
+{facts.get("history", "")}
 ## Accuracy
 {_accuracy(results, command)}
 
@@ -171,6 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="model folder to ship; default: that of the last stage")
     parser.add_argument("--base", default="dense-tiny", help="name of the model that the training began with")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--history", type=Path, help="text file for the card: in what this run was not its recipes")
     parser.add_argument("--results", type=Path, help="results.json of an evaluation of this model, for the card")
     options = parser.parse_args(arguments)
     try:
@@ -178,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
             models = [one["model"] for one in stage_facts(options.run) if one["stage"] != "labels"]
             if not (options.model or models):
                 raise ValueError(f"no finished stage with a model in {options.run}")
-            publish(options.run, options.model or Path(models[-1]), options.out, options.base)
+            history = f"\n{options.history.read_text().strip()}\n" if options.history else ""
+            publish(options.run, options.model or Path(models[-1]), options.out, options.base, history)
         if not (options.out / FACTS).is_file():
             raise ValueError(f"{options.out} was not written by this command (no {FACTS}); give --run")
         (options.out / "README.md").write_text(card(options.out, options.results))
