@@ -160,10 +160,20 @@ def _accuracy(results: Path | None, command: str) -> str:
     if results is None:
         return "Not measured yet."
     cells = [cell for cell in json.loads(results.read_text())["cells"] if cell.get("score") is not None]
-    head = "| task (test split) | method | metric | score | 95 % interval | questions |\n|---|---|---|---|---|---|\n"
-    row = "| {task} | {name} | {metric} | {score:.1%} | {score_low:.1%} to {score_high:.1%} | {num_samples} |"
-    lines = [row.format(name=cell.get("setting_id") or cell["method"], **cell) for cell in cells]
-    return f"`python -m evaluations.run --suite all {command}`\n\n{head}" + "\n".join(lines)
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    by_setting: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        by_setting.setdefault(cell.get("setting_id") or cell["method"], {})[cell["task"]] = cell
+    lines = [f"| setting | {' | '.join(tasks)} | decoder FLOPs of dense |", "|---" * (len(tasks) + 2) + "|"]
+    for name, own in by_setting.items():
+        scores = [f"{own[task]['score']:.1%}" if task in own else "" for task in tasks]
+        cost = own[tasks[-1]]["flops_relative_to_dense"] if tasks[-1] in own else None
+        lines.append(f"| {name} | {' | '.join(scores)} | {'' if cost is None else f'{cost:.1%}'} |")
+    sizes = sorted({cell["num_samples"] for cell in cells if cell["task"] != "average"})
+    return (
+        f"`python -m evaluations.run --suite all {command}`, test split, {' or '.join(map(str, sizes))} questions a "
+        "task.\n\n" + "\n".join(lines)
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
