@@ -34,7 +34,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         for tick in range(1, 5):
             canvas.rule(2, base - full * tick / 4, 142, base - full * tick / 4)
     canvas.draw.line((2, base, 142, base), fill=canvas.ink)
-    known_of = []
+    known_of, named_at, value_at = [], [], []
     extremes = {int(np.argmax(values)): "largest", int(np.argmin(values)): "smallest"}
     for i, (name, color, value) in enumerate(zip(names, colors, values, strict=True)):
         read = [("value0", str(value)[0]), ("value1", str(value)[1])]
@@ -47,14 +47,18 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         canvas.glyph(name, x, base + 10, pixels, known)
         known_of += [(name, tuple(known)), (color, tuple(read))]
         canvas.text(str(value), x - 6.2, top - 9, pixels, 12.4)
+        named_at.append((x, base + 10))
+        value_at.append(((x - 6.2, top - 9), (x + 6.2, top - 9)))
 
     questions = []
     for i in rng.permutation(num_bars)[:3]:
-        questions.append(Question(pick(rng, VALUE).format(names[i]), str(values[i]), "charts/value"))
+        questions.append(Question(pick(rng, VALUE).format(names[i]), str(values[i]), "charts/value", value_at[i]))
     for i in rng.permutation(num_bars)[:2]:
-        questions.append(Question(pick(rng, NAME).format(colors[i]), str(values[i]), "charts/value_of_color"))
+        question = pick(rng, NAME).format(colors[i])
+        questions.append(Question(question, str(values[i]), "charts/value_of_color", value_at[i]))
     for i in rng.permutation(num_bars)[:3]:
         questions.append(Question(pick(rng, COLOR).format(names[i]), colors[i], "charts/color"))
     extreme, phrasings = (np.argmax, HIGHEST) if rng.random() < 0.5 else (np.argmin, LOWEST)
-    questions.append(Question(pick(rng, phrasings), names[int(extreme(values))], "charts/extreme"))
+    i = int(extreme(values))
+    questions.append(Question(pick(rng, phrasings), names[i], "charts/extreme", (named_at[i],)))
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_bars, tuple(known_of))

@@ -22,6 +22,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     pitch = rng.uniform(20, 128 / num_lines)
     top = rng.uniform(10, 134 - pitch * (num_lines - 1))
     x0, x1, pixels = rng.uniform(8, 14), rng.uniform(130, 136), int(rng.integers(12, 16))
+    where = {}
     for i, j in enumerate(goal):
         y0, y1 = top + i * pitch, top + j * pitch
         bend = rng.uniform(15, 35)
@@ -42,6 +43,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             near.append(("other", right[j]))
         canvas.label((colors[i], "line"), x0 + 14, y0, near)
         canvas.label((colors[i], "line"), x1 - 14, y1)
+        where |= {left[i]: ((x0, y0),), right[j]: ((x1, y1),)}
         canvas.glyph(left[i], x0, y0, pixels)
         canvas.glyph(right[j], x1, y1, pixels, far)
 
@@ -59,12 +61,12 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         here, there = left[i], right[goal[i]]
         if rng.random() < 0.5:
             here, there = there, here
-        questions.append(Question(pick(rng, OTHER_END).format(here), there, "connections/other_end"))
+        questions.append(Question(pick(rng, OTHER_END).format(here), there, "connections/other_end", where[there]))
     for i in pick_some(rng, range(num_lines), 3):
         end = pick(rng, (left[i], right[goal[i]]))
         questions.append(Question(pick(rng, LINE_COLOR).format(end), colors[i], "connections/color"))
     for i in pick_some(rng, range(num_lines), 2):
         side = pick(rng, ("left", "right"))
         answer = left[i] if side == "left" else right[goal[i]]
-        questions.append(Question(pick(rng, ENDS).format(side, colors[i]), answer, "connections/end"))
+        questions.append(Question(pick(rng, ENDS).format(side, colors[i]), answer, "connections/end", where[answer]))
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_lines, known)

@@ -52,7 +52,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     pitch_x, pitch_y = side + rng.uniform(0, 3), side + rng.uniform(2, min(14.0, 138 / num_lines - side))
     left = rng.uniform(side / 2 + 2, 142 - side / 2 - pitch_x * (num_digits - 1))
     top = rng.uniform(side / 2 + 2, 142 - side / 2 - pitch_y * (num_lines - 1))
-    numbers = []
+    numbers, where = [], []
     for line in range(num_lines):
         number = ""
         for k in range(num_digits):
@@ -60,10 +60,12 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             x, y = left + k * pitch_x, top + line * pitch_y
             number += paste_scan(canvas, scan, x, y, side, (("row", str(line + 1)), ("column", str(k + 1))))
         numbers.append(number)
+        where.append([(left + k * pitch_x, top + line * pitch_y) for k in range(num_digits)])
 
     asked = pick_some(rng, range(num_lines), 4)
-    questions = [Question(pick(rng, READ).format(i + 1), numbers[i], "digits/line") for i in asked]
+    questions = [Question(pick(rng, READ).format(i + 1), numbers[i], "digits/line", tuple(where[i])) for i in asked]
     for _ in range(2):
         i, k = int(rng.integers(num_lines)), int(rng.integers(num_digits))
-        questions.append(Question(pick(rng, POSITION).format(k + 1, i + 1), numbers[i][k], "digits/one"))
+        question = pick(rng, POSITION).format(k + 1, i + 1)
+        questions.append(Question(question, numbers[i][k], "digits/one", (where[i][k],)))
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_lines * num_digits)

@@ -57,6 +57,7 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
     top = float(rng.uniform(9, max(10.0, 135 - pitch_y * (num_rows - 1))))
     colon, ruled, right_aligned = rng.random(3) < (0.3, 0.4, 0.4)
     column = 11 - max(map(len, values)) if right_aligned else max(map(len, fields)) + 1 + int(colon)
+    where = []
     for row, (field, value) in enumerate(zip(fields, values, strict=True)):
         y = top + row * pitch_y
         end = canvas.text(field, left, y, pixels, pitch_x)
@@ -66,12 +67,13 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
         key = [(f"key{k}", character) for k, character in enumerate(field)]
         facts = [[*key, ("place", str(k + 1))] for k in range(len(value))]
         canvas.text(value, left + start * pitch_x, y, pixels, pitch_x, facts)
+        where.append(tuple((left + (start + k) * pitch_x, y) for k in range(len(value))))
         if ruled:
             canvas.rule(3, y + pitch_y / 2, 140, y + pitch_y / 2)
 
     asked = rng.permutation(num_rows)
     questions = [
-        Question(pick(rng, SHORTEST if size < 0.2 else PHRASINGS).format(fields[i]), values[i], "forms/value")
+        Question(pick(rng, SHORTEST if size < 0.2 else PHRASINGS).format(fields[i]), values[i], "forms/value", where[i])
         for i in asked
     ]
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_rows)

@@ -30,8 +30,12 @@ def draw(rng: np.random.Generator, split: str, size: float) -> Scene:
             canvas.rule(left - pitch_x / 2, y, left + (num_columns - 0.5) * pitch_x, y)
 
     cells = pick_some(rng, [(r, c) for r in range(num_rows) for c in range(num_columns)], 4)
-    questions = [Question(pick(rng, CELL).format(r + 1, c + 1), rows[r][c], "glyphs/cell") for r, c in cells]
+    where = [[(left + c * pitch_x, top + r * pitch_y) for c in range(num_columns)] for r in range(num_rows)]
+    questions = [
+        Question(pick(rng, CELL).format(r + 1, c + 1), rows[r][c], "glyphs/cell", (where[r][c],)) for r, c in cells
+    ]
     questions += [
-        Question(pick(rng, ROW).format(r + 1), rows[r], "glyphs/row") for r in pick_some(rng, range(num_rows), 3)
+        Question(pick(rng, ROW).format(r + 1), rows[r], "glyphs/row", tuple(where[r]))
+        for r in pick_some(rng, range(num_rows), 3)
     ]
     return Scene(canvas.image, tuple(questions), tuple(canvas.labels), num_rows * num_columns)

@@ -16,11 +16,18 @@ IMAGE_SIZE = 144  # native side length of the embedded models, in pixels
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a scene. `kind` names the skill, for training logs; `answer` is what the image says."""
+    """One question about a scene.
+
+    Args:
+        answer: what the image says.
+        kind: the skill, for training logs.
+        where: (x, y) in pixels of the answer's characters, one each, if they are written in the image.
+    """
 
     text: str
     answer: str
     kind: str
+    where: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

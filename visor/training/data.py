@@ -22,7 +22,7 @@ from budgets.registry import nearest_first
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from visor.synthetic.world import Label
+    from visor.synthetic.world import Scene
 
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -42,14 +42,14 @@ class Example:
         image: decoded, RGB.
         conversations: each a sequence of (question, answer) exchanges.
         kinds: what each conversation is about, for accuracy by task.
-        labels: what stands where in the image, if it is a scene of a built-in world.
+        scene: of a built-in world, if it is one; its first questions are the conversations.
     """
 
     key: str
     image: Image
     conversations: tuple[tuple[tuple[str, str], ...], ...]
     kinds: tuple[str, ...]
-    labels: tuple[Label, ...] = ()
+    scene: Scene | None = None
 
 
 class Source(Protocol):
@@ -286,7 +286,7 @@ class WorldSource:
             one.image,
             tuple(((question.text, question.answer),) for question in asked),
             tuple(question.kind for question in asked),
-            one.labels,
+            one,
         )
 
 

@@ -9,15 +9,16 @@ Shapes: B rows, P prefix tokens, T packed text tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
-from visor.synthetic.world import SLOTS
+from visor.synthetic.world import SLOTS, Scene
 from visor.training.data import BadRow, Example
 from visor.training.symbolic import PatchWords
+from visor.training.vocabulary import SPACE
 
 IGNORED = -100
 
@@ -40,6 +41,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Where a token should look while text reads the image.
+
+    Args:
+        place: index among the row's text tokens.
+        patches: visual tokens that hold what it looks for.
+        is_answer: it is about to say what stands there; else it names it.
+    """
+
+    place: int
+    patches: tuple[int, ...]
+    is_answer: bool
+
+
+@dataclass(frozen=True)
 class Row:
     """One example, ready for a batch.
 
@@ -50,6 +66,9 @@ class Row:
         pixel_inputs: what the processor made of the image.
         kinds: for each segment what it is about.
         facts: (index in the prefix, slot, token id) of what visual tokens should know (`visor.training.refined`).
+        asked: (index among the text tokens, slot, token id) of what words of prompts should know
+            (`visor.training.asked`).
+        looks: where in the image text tokens should look (`visor.training.looks`).
     """
 
     key: str
@@ -59,6 +78,8 @@ class Row:
     pixel_inputs: Mapping[str, Tensor] = field(repr=False)
     kinds: tuple[str, ...] = ()
     facts: tuple[tuple[int, int, int], ...] = ()
+    asked: tuple[tuple[int, int, int], ...] = ()
+    looks: tuple[Look, ...] = ()
 
     @property
     def num_text(self) -> int:
@@ -76,7 +97,8 @@ class Encoder:
         max_text_tokens: longer rows are skipped.
         hint_tokens: so many tokens before a prompt's last one are asked for the answer's first token too. A training
             aid for small models: a lookup forms sooner (`visor.training.packing`).
-        with_facts: rows carry the facts of their image's labels.
+        with_facts: rows of built-in worlds carry what visual tokens and words of prompts should know, and where text
+            should look.
     """
 
     def __init__(
@@ -104,20 +126,50 @@ class Encoder:
         pixel_inputs, prefix = self._prefix(example)
         segments = tuple(self._segment(conversation) for conversation in example.conversations)
         num_visual = sum(token in self.image_ids for token in prefix)
-        facts = self._facts(example, len(prefix) - num_visual, num_visual) if self.with_facts else ()
-        row = Row(example.key, prefix, num_visual, segments, pixel_inputs, example.kinds, facts)
+        row = Row(example.key, prefix, num_visual, segments, pixel_inputs, example.kinds)
+        if self.with_facts and example.scene is not None:
+            row = self._with_facts(row, example.scene)
         if row.num_text > self.max_text_tokens:
             raise BadRow(f"{row.num_text} text tokens, more than {self.max_text_tokens} (max_text_tokens)")
         return row
 
-    def _facts(self, example: Example, first: int, num_visual: int) -> tuple[tuple[int, int, int], ...]:
-        words = self._patch_words.get(num_visual)
+    def _with_facts(self, row: Row, scene: Scene) -> Row:
+        words = self._patch_words.get(row.num_visual)
         if words is None:
-            words = self._patch_words[num_visual] = PatchWords(self.tokenizer, isqrt(num_visual))
-        stated = [(words.patch_of(label), *fact) for label in example.labels for fact in label.facts]
-        if unknown := sorted({word for _, _, word in stated if word not in words.vocabulary}):
+            words = self._patch_words[row.num_visual] = PatchWords(self.tokenizer, isqrt(row.num_visual))
+        first = len(row.prefix) - row.num_visual
+        facts = [(first + words.patch_of(label), *fact) for label in scene.labels for fact in label.facts]
+        patches_of: dict[str, set[int]] = {}
+        for label in scene.labels:
+            for word in label.words:
+                patches_of.setdefault(word, set()).add(words.patch_of(label))
+        known = {
+            words.vocabulary[piece]: (word, facts_of_word)
+            for word, facts_of_word in scene.known
+            for piece in (word, SPACE + word)
+            if piece in words.vocabulary
+        }
+        asked, looks = [], []
+        for segment, question in zip(row.segments, scene.questions, strict=False):
+            for place, token in enumerate(segment.ids[: segment.prompt_end + 1]):
+                if token in known:
+                    word, facts_of_word = known[token]
+                    asked += [(first + place, *fact) for fact in facts_of_word]
+                    if word in patches_of:
+                        looks.append(Look(first + place, tuple(sorted(patches_of[word])), False))
+            for k, (x, y) in enumerate(question.where):
+                looks.append(Look(first + segment.prompt_end + k, (words.patch_at(x, y),), True))
+            first += len(segment.ids)
+        as_tokens = lambda stated: self._as_tokens(stated, words.vocabulary)
+        return replace(row, facts=as_tokens(facts), asked=as_tokens(asked), looks=tuple(looks))
+
+    @staticmethod
+    def _as_tokens(
+        stated: Sequence[tuple[int, str, str]], vocabulary: Mapping[str, int]
+    ) -> tuple[tuple[int, int, int], ...]:
+        if unknown := sorted({word for _, _, word in stated if word not in vocabulary}):
             raise BadRow(f"the tokenizer has no one token for the facts {unknown}; set facts_weight to 0")
-        return tuple((first + patch, SLOTS.index(slot), words.vocabulary[word]) for patch, slot, word in stated)
+        return tuple((place, SLOTS.index(slot), vocabulary[word]) for place, slot, word in stated)
 
     def _prefix(self, example: Example) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         """Pixels, and the token ids up to the last image token."""

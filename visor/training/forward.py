@@ -20,8 +20,10 @@ from budgets.schedule import LayerMode, LayerOp, Schedule, dense
 from visor.decoder import install, running
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.streams import PromptStreams, take
+from visor.training.asked import AskedFacts
 from visor.training.batch import PADDING, SHARED, Batch
 from visor.training.encoding import IGNORED
+from visor.training.looks import Looks
 from visor.training.refined import Features, RefinedFacts
 
 TRAINABLE_FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
@@ -45,14 +47,21 @@ class PackedModel:
         self.decoder: nn.Module = self.adapter.decoder
         self.num_layers = len(self.decoder.layers)
         self.facts: RefinedFacts | None = None
+        self.asked: AskedFacts | None = None
+        self.looks: Looks | None = None
         kernel = getattr(self.decoder.config, "_attn_implementation", "sdpa")
         if kernel not in ("sdpa", "float32_sdpa", "eager"):
             raise ValueError(f"packed training needs a kernel that takes block masks (sdpa), the model uses {kernel!r}")
 
     def read_facts(self, vocabulary: int) -> None:
-        """From now on, read facts off refined visual tokens, as a side loss."""
+        """From now on, read facts off visual tokens and off the text that reads them, as a side loss."""
         config = self.visor.config
         self.facts = RefinedFacts(self.decoder, config.cross_layers, config.self_layers, vocabulary)
+        self.asked = AskedFacts(self.decoder, config.cross_layers, vocabulary)
+
+    def watch_looks(self) -> None:
+        """From now on, watch where text looks while it reads the image, as a side loss."""
+        self.looks = Looks(self.decoder.cross_blocks, self.visor.config.cross_layers)
 
     def schedule(self, self_layers: Iterable[int] | None) -> Schedule:
         """TEXT, CROSS and SELF layers of a subset of the slots; None is dense. It holds for any number of tokens."""

@@ -17,7 +17,7 @@ def averaged(batch: Batch, features: Sequence[Features], side: int, pad_id: int)
     rows = []
     for row in batch.rows:
         first = len(row.prefix) - row.num_visual  # the image tokens end the prefix
-        rows.append(replace(row, prefix=row.prefix[: first + side * side], num_visual=side * side, facts=()))
+        rows.append(replace(row, prefix=row.prefix[: first + side * side], num_visual=side * side, facts=(), looks=()))
     smaller = Batch.of(rows, pad_id, with_pixels=False)
     return smaller.to(batch.input_ids_BS.device), [tuple(pooled(level, side) for level in one) for one in features]
 
@@ -39,21 +39,38 @@ class VisorObjective(Objective):
     """One configuration a step, drawn from a list; now and then on an averaged token grid (VISOR-TR).
 
     Args:
-        configurations: SELF subsets to draw from, each as likely as the others. With one, nothing is random.
+        configurations: SELF subsets to draw from. With one, nothing is random.
+        weights: how often each of them is drawn, beside the others; the last one holds for all that follow. Empty is
+            equally often.
         sides: of averaged token grids to draw from, beside the full one.
         pooled_share: share of the steps that run on one of the `sides`.
         seed: of the draws.
         facts_weight: of a fact that a refined visual token should hold, beside an answer token
-            (`visor.training.refined`).
+            (`visor.training.refined`), or a word of a question (`visor.training.asked`).
+        looks_weight: of a look that text should take (`visor.training.looks`).
     """
 
     configurations: tuple[tuple[int, ...], ...]
+    weights: tuple[float, ...] = ()
     sides: tuple[int, ...] = ()
     pooled_share: float = 0.0
     seed: int = 0
     pad_id: int = 0
     hint_weight: float = 0.0
     facts_weight: float = 0.0
+    looks_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if any(not weight >= 0 for weight in self.weights) or (self.weights and not sum(self._weights)):
+            raise ValueError(
+                f"configuration_weights must not be negative, nor all zero, got {list(self.weights)} for "
+                f"{len(self.configurations)} configurations"
+            )
+
+    @property
+    def _weights(self) -> tuple[float, ...]:
+        missing = len(self.configurations) - len(self.weights)
+        return (*self.weights, *self.weights[-1:] * missing)[: len(self.configurations)]
 
     def num_passes(self, step: int) -> int:
         return 1
@@ -61,7 +78,11 @@ class VisorObjective(Objective):
     def draw(self, step: int) -> tuple[tuple[int, ...], int | None]:
         """The configuration and the side of a step (None is the full grid); equal on all processes."""
         rng = np.random.default_rng([self.seed, step, 11])
-        chosen = self.configurations[int(rng.integers(len(self.configurations)))]
+        if self.weights:
+            shares = np.divide(self._weights, sum(self._weights))
+            chosen = self.configurations[int(rng.choice(len(self.configurations), p=shares))]
+        else:
+            chosen = self.configurations[int(rng.integers(len(self.configurations)))]
         reduce = bool(self.sides) and rng.random() < self.pooled_share
         return chosen, self.sides[int(rng.integers(len(self.sides)))] if reduce else None
 
@@ -70,12 +91,17 @@ class VisorObjective(Objective):
         name = f"{len(subset)} SELF" + (f" side {side}" if side else "")
         if side is not None:
             batch, features = averaged(batch, features, side, self.pad_id)
-        answers, right = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight), []
+        answers, facts = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight), {}
+        aids = []
         if packed.facts is not None:
-            loss, right = packed.facts.loss_sum(batch.rows, features, subset)
+            aids.append(("facts", self.facts_weight, packed.facts.loss_sum(batch.rows, features, subset)))
+            aids.append(("asked", self.facts_weight, packed.asked.loss_sum(batch.rows, subset)))
+        if packed.looks is not None:
+            aids.append(("looks", self.looks_weight, packed.looks.loss_sum(batch.rows)))
+        for aid, weight, (loss, right) in aids:
             if loss is not None:
-                answers.loss_sum = answers.loss_sum + self.facts_weight * loss
-        yield Pass(name, answers, right)
+                answers.loss_sum, facts[aid] = answers.loss_sum + weight * loss, right
+        yield Pass(name, answers, facts)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ class Optimisation:
         precision: "bf16" (autocast, float32 weights) or "fp32".
         ema: decay of an exponential moving average of the weights, which then is what the stage yields; 0 is off.
         hint_weight: weight of the hints in the loss (`visor.training.encoding`).
-        facts_weight: weight of a fact in the loss (`visor.training.refined`); 0 reads none.
+        facts_weight: weight of a fact in the loss (`visor.training.refined`, `visor.training.asked`); 0 reads none.
+        looks_weight: weight of a look in the loss (`visor.training.looks`); 0 watches none.
         seed: of data order and random choices.
         workers: processes that read and encode data ahead; 0 reads in the training process.
         log_every: steps between log lines.
@@ -65,6 +66,7 @@ class Optimisation:
     ema: float = 0.0
     hint_weight: float = 0.0
     facts_weight: float = 0.0
+    looks_weight: float = 0.0
     seed: int = 0
     workers: int = 0
     log_every: int = 20
@@ -94,11 +96,11 @@ class Optimisation:
 
 @dataclass
 class Pass:
-    """One forward pass of a step: what ran, for the log, what came out, and which facts were right."""
+    """One forward pass of a step: what ran, for the log, what came out, and which facts were right, by reader."""
 
     name: str
     answers: Answers
-    facts: list[bool] = field(default_factory=list)
+    facts: dict[str, list[bool]] = field(default_factory=dict)
 
 
 class Objective(ABC):
@@ -171,8 +173,8 @@ class Tally:
             self.passes[one.name] += right
             for kind, ok in zip(row.kinds, right, strict=True):
                 self.right[kind].append(ok)
-        if one.facts:
-            self.passes[f"{one.name} facts"] += one.facts
+        for reader, right in one.facts.items():
+            self.passes[f"{one.name} {reader}"] += right
 
 
 class StepData(torch.utils.data.Dataset):
@@ -224,8 +226,8 @@ class Training:
         self.folder, self.processes = folder, processes
         folder.mkdir(parents=True, exist_ok=True)
         packed.model.to(processes.device).train()
-        if packed.facts is not None:
-            packed.facts.to(processes.device).train()
+        for reader in readers_of(packed).values():
+            reader.to(processes.device).train()
         self.parameters = freeze_all_but(packed, trainable)
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         vectors = [p for p in self.parameters.values() if p.ndim < 2]
@@ -484,5 +486,13 @@ def freeze_all_but(packed: PackedModel, trainable: Sequence[str]) -> dict[str, n
     for name in trainable:
         for module in parts[name]:
             module.requires_grad_(True)
-    extra = {} if packed.facts is None else {f"facts.{name}": p for name, p in packed.facts.named_parameters()}
-    return {name: p for name, p in packed.model.named_parameters() if p.requires_grad} | extra
+    found = {name: p for name, p in packed.model.named_parameters() if p.requires_grad}
+    for prefix, reader in readers_of(packed).items():
+        found |= {f"{prefix}.{name}": p for name, p in reader.named_parameters()}
+    return found
+
+
+def readers_of(packed: PackedModel) -> dict[str, nn.Module]:
+    """What reads facts off the hidden states and is trained beside the model, by name."""
+    readers = {"facts": packed.facts, "asked": packed.asked}
+    return {name: reader for name, reader in readers.items() if reader is not None}

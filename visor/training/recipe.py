@@ -130,6 +130,8 @@ class Recipe:
         train: parts that are updated: cross, decoder, projector, tower.
         seed: of data order and of all random choices.
         tensorboard: write a TensorBoard log too.
+        configuration_weights: stage universal: how often each viable configuration is drawn, from the one without SELF
+            layers on; the last weight holds for all that follow, and empty is equally often.
     """
 
     stage: str
@@ -140,6 +142,7 @@ class Recipe:
     conversion: Conversion = field(default_factory=Conversion)
     encoding: Encoding = field(default_factory=Encoding)
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=1000))
+    configuration_weights: tuple[float, ...] = ()
     pooling: Pooling = field(default_factory=Pooling)
     exploration: Exploration = field(default_factory=Exploration)
     router: RouterShape = field(default_factory=RouterShape)

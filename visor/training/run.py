@@ -184,7 +184,7 @@ def _encoder(recipe: Recipe, packed: Any, processor: Any) -> Any:
         adapter.image_fields,
         options.max_text_tokens,
         options.hint_tokens,
-        with_facts=packed.facts is not None,
+        with_facts=packed.facts is not None or packed.looks is not None,
     )
 
 
@@ -204,14 +204,18 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
         subsets = config.configurations if recipe.stage == "universal" else [config.self_layers]
         objective = VisorObjective(
             tuple(tuple(subset) for subset in subsets),
+            recipe.configuration_weights,
             recipe.pooling.sides,
             recipe.pooling.share,
             facts_weight=options.facts_weight,
+            looks_weight=options.looks_weight,
             **common,
         )
         if options.facts_weight:
             torch.manual_seed(recipe.seed)
             packed.read_facts(len(processor.tokenizer))
+        if options.looks_weight:
+            packed.watch_looks()
     training = Training(
         packed,
         recipe.train,

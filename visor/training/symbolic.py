@@ -29,7 +29,11 @@ class PatchWords:
 
     def patch_of(self, label: Label) -> int:
         """Index of the patch that holds a label's centre."""
-        column, row = (min(self.grid - 1, max(0, int(v / self.patch))) for v in (label.x, label.y))
+        return self.patch_at(label.x, label.y)
+
+    def patch_at(self, x: float, y: float) -> int:
+        """Index of the patch that holds a pixel."""
+        column, row = (min(self.grid - 1, max(0, int(v / self.patch))) for v in (x, y))
         return row * self.grid + column
 
     def multi_hot(self, scenes: Sequence[Scene], vocabulary: int) -> torch.Tensor:

@@ -235,6 +235,20 @@ def test_draws_depend_on_the_step_alone():
         NestedPooling((6, 3, 2), at_once=4)
 
 
+@pytest.mark.parametrize(("weights", "shares"), [((1, 3), (1 / 7, 3 / 7, 3 / 7)), ((1, 2, 1, 9), (0.25, 0.5, 0.25))])
+def test_configurations_are_drawn_by_weight_and_the_last_weight_holds_on(weights, shares):
+    configurations = ((), (1,), (1, 3))
+    objective = VisorObjective(configurations, weights, seed=4)
+    drawn = [objective.draw(step)[0] for step in range(2000)]
+    assert [drawn.count(one) / 2000 for one in configurations] == pytest.approx(shares, abs=0.04)
+
+
+@pytest.mark.parametrize("weights", [(0, 0, 0, 1), (1, -1)])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="configuration_weights must not be negative, nor all zero.*3 configurations"):
+        VisorObjective(((), (1,), (1, 3)), weights)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"steps": 0}, "steps"), ({"precision": "fp8"}, "one of bf16, fp32"), ({"ema": 2}, "ema"), ({"clip": 0}, "clip")],

@@ -38,11 +38,11 @@ def test_facts_stand_at_the_patch_of_their_label():
 
 def test_a_tokenizer_without_the_words_is_told_so():
     packed = PackedModel(make_llava())
-    labelled = Example("x", make_image(0), ((("what 1?", "1"),),), ("k",), scene("scenes", "train", 0).labels)
-    labels = tuple(replace(label, facts=(("color", "no-such-word"),)) for label in labelled.labels)
+    labelled = Example("x", make_image(0), ((("what 1?", "1"),),), ("k",), scene("scenes", "train", 0))
+    labels = tuple(replace(label, facts=(("color", "no-such-word"),)) for label in labelled.scene.labels)
     encoder = Encoder(make_processor(), packed.adapter.image_token_ids, with_facts=True)
     with pytest.raises(BadRow, match="no-such-word.*facts_weight to 0"):
-        encoder.encode(replace(labelled, labels=labels))
+        encoder.encode(replace(labelled, scene=replace(labelled.scene, labels=labels)))
 
 
 @pytest.fixture
@@ -95,4 +95,4 @@ def test_facts_join_the_loss_and_are_learned(reading):
         optimizer.zero_grad()
         one.answers.loss_sum.backward()
         optimizer.step()
-    assert one.facts == [True, True]
+    assert one.facts == {"facts": [True, True]}

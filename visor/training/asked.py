@@ -1,0 +1,72 @@
+"""Facts that a word of a question should know while text reads the image: what CROSS layers are for, taught directly.
+
+A word that names a thing, as the letter of a bar, should know what the image says of that thing: its colour, its value
+(`Scene.known`). From answers alone, lookups without SELF layers stay at the guess for thousands of steps; asked on the
+way, where they have to form, they come in hundreds. The base model learned it the same way (`visor.training.facts`). A
+training aid of the built-in worlds, not part of the model, and off unless a recipe gives facts a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visor.synthetic.world import SLOTS
+from visor.training.encoding import Row
+
+
+class AskedFacts(nn.Module):
+    """Reads facts off the text behind every CROSS layer but the first and the last.
+
+    At the first one a word knows only itself; behind the last one only the answer counts.
+
+    Args:
+        decoder: whose layers are watched.
+        cross_layers: of the VISOR model.
+        vocabulary: number of words to tell apart.
+    """
+
+    def __init__(self, decoder: nn.Module, cross_layers: Sequence[int], vocabulary: int) -> None:
+        super().__init__()
+        width = decoder.config.hidden_size
+        self.norm = nn.RMSNorm(width)
+        self.classifier = nn.Linear(width, len(SLOTS) * vocabulary)
+        nn.init.normal_(self.classifier.weight, std=width**-0.5)
+        self._seen: dict[int, Tensor] = {}
+        for layer in sorted(cross_layers)[1:-1]:
+            decoder.layers[layer].register_forward_hook(lambda _, __, output, at=layer: self._see(at, output))
+
+    def _see(self, layer: int, output: Tensor | tuple) -> None:
+        if self.training:
+            self._seen[layer] = output[0] if isinstance(output, tuple) else output
+
+    def loss_sum(self, rows: Sequence[Row], refined: Sequence[int]) -> tuple[Tensor | None, list[bool]]:
+        """Cross-entropy summed over facts, its mean over the readings, and which facts are right at the last one.
+
+        Args:
+            rows: of the batch that has just run.
+            refined: layers that ran as SELF, where no text was read.
+
+        Returns:
+            (None, []) where no row's questions name a thing, or no reading was taken.
+        """
+        seen, self._seen = self._seen, {}
+        readings = [hidden_BTD for layer, hidden_BTD in sorted(seen.items()) if layer not in refined]
+        # The text stream is padded on the left: places count from its end.
+        facts = [(b, place - row.num_text, *fact) for b, row in enumerate(rows) for place, *fact in row.asked]
+        if not facts or not readings:
+            return None, []
+        device = readings[0].device
+        row_N, from_end_N, slot_N, word_N = torch.tensor(facts, device=device).unbind(1)
+        index_N, total, right = torch.arange(len(facts), device=device), 0.0, []
+        with torch.autocast(device.type, enabled=False):
+            for hidden_BTD in readings:
+                hidden_ND = hidden_BTD[row_N, from_end_N].float()
+                logits_NSW = self.classifier(self.norm(hidden_ND)).unflatten(-1, (len(SLOTS), -1))
+                logits_NW = logits_NSW[index_N, slot_N]
+                total = total + F.cross_entropy(logits_NW, word_N, reduction="sum")
+                right = (logits_NW.detach().argmax(-1) == word_N).tolist()
+        return total / len(readings), right
