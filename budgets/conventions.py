@@ -1,7 +1,7 @@
 """The formulas that papers count with, so that their numbers can be reproduced and set beside ours.
 
 All three count MACs of the decoder layers in the prefill, attention as the full square; none counts tower, projector,
-head, decode, or the method's own scoring (BASELINES.md, traps 2 to 4). Per layer, n tokens, width d, MLP width m:
+head, decode, or the method's own scoring. Per layer, n tokens, width d, MLP width m:
 
     f2   4nd^2 + 2n^2 d + 2ndm                       FastV, DivPrune, DyCoke: an MLP of two matrices, no GQA
     f3   4nd^2 + 2n^2 d + 3ndm                       PyramidDrop, SparseVLM, DART: three (SwiGLU), no GQA

@@ -1,6 +1,6 @@
 """One dial for every method: the setting whose decoder prefill FLOPs, relative to dense, come nearest to a budget.
 
-"Budget" means different things in different papers (BASELINES.md, trap 1). Here it is one number, and a setting never
+"Budget" means different things in different papers (docs/methods.md). Here it is one number, and a setting never
 costs more than it says. Sequence lengths differ between samples, so the match is made per sample.
 """
 

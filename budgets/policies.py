@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 POLICIES = ("fixed", "per-task", "router", "cascade", "random", "oracle")
 SHARE = 0.99
-"""Good enough: this share of what the largest configuration scores (VISOR.md, "Policy")."""
+"""Good enough: this share of what the largest configuration scores (VISOR, arXiv 2603.23495)."""
 
 
 def _matrix(name: str, values: npt.ArrayLike, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ Positions = Literal["kept", "contiguous"]
 
 
 class LayerMode(str, Enum):
-    """Who runs a decoder layer (VISOR.md, "The idea")."""
+    """Who runs a decoder layer (VISOR, arXiv 2603.23495)."""
 
     TEXT = "text"  # text attends to text; visual tokens stand still
     CROSS = "cross"  # as TEXT, preceded by cross-attention from text to the standing visual tokens

@@ -1,7 +1,7 @@
 """Which SELF subsets are viable: candidates, their order, and the short list that universal training keeps.
 
-VISOR.md, "Universal model": evaluate subsets of the SELF slots on the largest trained model and keep a short list from
-none to all of them. There are 2^n subsets; two families of them cost n^2/2 evaluations at most:
+As VISOR (arXiv 2603.23495) does for universal training: evaluate subsets of the SELF slots on the largest trained model
+and keep a short list from none to all of them. There are 2^n subsets; two families cost n^2/2 evaluations at most:
 
 * nested greedy elimination: from all slots, drop again and again the one that is missed least;
 * evenly spaced: k of the n slots, as far apart as they go.

@@ -25,6 +25,7 @@ from budgets.costs import price
 from budgets.geometry import ModelGeometry, load
 from budgets.roofline import DEVICES, Floor, device, floors, layer_weights, tower_weights
 from budgets.schedule import LayerMode, dense
+from evaluations.arguments import integers
 from evaluations.cells import DTYPE_BYTES, Lengths, Planner, Setting
 from evaluations.config import ATTENTIONS, DTYPES, check_name
 from evaluations.machine import machine, memory_bytes, state
@@ -127,13 +128,6 @@ def split_methods(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
 
 
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"whole numbers like 729,2916 are expected, got {text!r}") from None
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -146,7 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--geometry", default="llava-onevision-0.5b", help="a name of `python -m budgets.cost --list`, or a config.json"
     )
-    add("--visual-tokens", type=_integers, default=[729], metavar="N,N", help="default: 729")
+    add("--visual-tokens", type=integers, default=[729], metavar="N,N", help="default: 729")
     add("--text-tokens", type=int, default=64, help="prompt tokens beside the image (default: %(default)s)")
     add("--methods", type=split_methods, default=split_methods(DEFAULT_METHODS), metavar="A,B[option=value;...]",
         help=f"default: {DEFAULT_METHODS}")  # fmt: skip
@@ -157,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"modelled where none can be measured: {', '.join(DEVICES)}, cpu (default: %(default)s)")  # fmt: skip
     add("--dtype", help="default: float32 on the CPU, bfloat16 elsewhere")
     add("--attention", default="sdpa", help="sdpa, eager or flash_attention_2 (default: %(default)s)")
-    add("--batch-sizes", type=_integers, default=[1], metavar="N,N", help="default: 1")
+    add("--batch-sizes", type=integers, default=[1], metavar="N,N", help="default: 1")
     add("--new-tokens", type=int, default=8, help="tokens of every run, the first is the prefill's (default: 8)")
     add("--min-runs", type=int, default=5, help="runs of every setting (default: %(default)s)")
     add("--min-seconds", type=float, default=1.0, help="and seconds (default: %(default)s)")

@@ -125,7 +125,7 @@ def test_gqa_formula_is_half_of_our_flops(model, method):
 
 
 def test_engine_measurements():
-    """ENGINE.md section 3, counted on the meta device: 64 text tokens, decoder with head; tower and projector."""
+    """Counted on the meta device: 64 text tokens, decoder with head; tower and projector."""
     for model, visual, decoder, front in [
         ("llava-1.5-7b", 576, 8.504e12, 0.406e12),
         ("llava-onevision-7b", 729, 10.603e12, 0.667e12),

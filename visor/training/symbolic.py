@@ -1,7 +1,7 @@
 """Perfect vision: a scene as its labels. Each labelled patch becomes one token, the sum of its words' embeddings.
 
 A decoder learns to look things up on these short sequences several times faster than on images; the tower is then
-taught to produce the same embeddings (TRAINING.md, stage 0).
+taught to produce the same embeddings.
 """
 
 from __future__ import annotations

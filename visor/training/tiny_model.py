@@ -82,7 +82,7 @@ def initialise(model: LlavaForConditionalGeneration, architecture: TinyArchitect
     """N(0, 1/fan_in) everywhere, residual outputs scaled by 1/sqrt(2 layers).
 
     The library's default deviation of 0.02 is meant for widths above 1,000; at 192 attention starts uniform and stays
-    so (TRAINING.md).
+    so.
     """
     residual = ("o_proj", "down_proj", "out_proj", "fc2")
     for name, module in model.named_modules():
