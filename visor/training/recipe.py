@@ -218,9 +218,7 @@ def _build(cls: type, values: Mapping[str, Any], place: str) -> Any:
     made = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(
-                f"unknown option {place}{name}; nearest first: {', '.join(nearest_first(str(name), known))}"
-            )
+            raise ValueError(f"unknown option {place}{name}; nearest first: {', '.join(_near(cls, str(name), place))}")
         if is_dataclass(hints[name]):
             value = _build(hints[name], value, f"{place}{name}.")
         elif isinstance(value, list):
@@ -235,3 +233,20 @@ def _build(cls: type, values: Mapping[str, Any], place: str) -> Any:
         return cls(**made)
     except TypeError as error:
         raise ValueError(f"{place or 'recipe: '}{error}") from error
+
+
+def _near(cls: type, name: str, place: str) -> list[str]:
+    """The options of a dataclass, those of dataclasses in it included, by how near their own name is to `name`."""
+    paths: dict[str, list[str]] = {}
+    for path in _paths(cls, place):
+        paths.setdefault(path.rpartition(".")[2], []).append(path)
+    return [path for last in nearest_first(name, list(paths)) for path in paths[last]]
+
+
+def _paths(cls: type, place: str) -> list[str]:
+    hints, paths = get_type_hints(cls), []
+    for each in fields(cls):
+        paths.append(f"{place}{each.name}")
+        if is_dataclass(hints[each.name]):
+            paths += _paths(hints[each.name], f"{place}{each.name}.")
+    return paths

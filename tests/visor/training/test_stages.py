@@ -224,7 +224,8 @@ def test_a_trial_takes_a_share():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["optimisation.step=3"], "unknown option optimisation.step; nearest first: steps"),
+        (["optimisation.step=3"], "unknown option optimisation.step; nearest first: optimisation.steps"),
+        (["steps=3"], "unknown option steps; nearest first: optimisation.steps"),
         (["optimisation.steps=-3"], "steps must be a positive integer, got -3"),
         (["stage=unversal"], "unknown stage 'unversal'; nearest first: universal"),
         (["train=[]"], "needs train"),
