@@ -87,11 +87,24 @@ def most_likely(logits: npt.ArrayLike) -> np.ndarray:
     return _matrix("logits", logits).argmax(axis=1)
 
 
+def success(logits: npt.ArrayLike) -> np.ndarray:
+    """Probability that each configuration does as well as the largest: [num_samples, num_configurations].
+
+    The softmax says which is the cheapest that suffices, and with it all costlier ones do.
+
+    Args:
+        logits: of the router, cheapest configuration first.
+    """
+    logits = _matrix("logits", logits)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weights.cumsum(axis=1) / weights.sum(axis=1, keepdims=True)
+
+
 def cost_aware(success: npt.ArrayLike, relative_costs: npt.ArrayLike, cost_weight: float) -> np.ndarray:
     """argmax over configurations of success - cost_weight * cost, the cheaper of equals: [num_samples].
 
     Args:
-        success: predicted probability that each configuration answers the sample right.
+        success: predicted probability that each configuration suffices (`success`).
         relative_costs: of each configuration, relative to dense; [num_samples, C], or [C] for all samples.
         cost_weight: lambda: how much probability of success a whole dense prefill is worth; 0 asks for success alone.
     """

@@ -14,7 +14,7 @@ from visor import checkpoint
 from visor.loading import ATTENTIONS, DTYPES
 
 DEVICES = ("cpu", "cuda", "mps")
-COST_WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+COST_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
 THRESHOLDS = (0.5, 0.7, 0.9, 0.97)
 DEFAULT_POLICIES = ("fixed", "router", "random", "oracle")
 

@@ -105,8 +105,7 @@ def choose(setting: Setting, table: Table, planner: Planner) -> tuple[NDArray[np
     if setting.policy == "router" and setting.value is None:
         return policies.most_likely(table.logits), None
     if setting.policy == "router":
-        success = 1 / (1 + np.exp(-table.logits))
-        return policies.cost_aware(success, table.relative_costs, setting.value), None
+        return policies.cost_aware(policies.success(table.logits), table.relative_costs, setting.value), None
     if setting.policy == "cascade":
         return policies.cascade(table.matrix("confidence"), setting.value, policies.ladder(table.costs.mean(axis=0)))
     raise AssertionError(setting.policy)

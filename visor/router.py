@@ -1,9 +1,9 @@
 """The router: a light MLP that looks at a sample before the configurations part, and says which one it needs.
 
 It reads a *routing vector*, made where the layers that all configurations share have run. One head with an output for
-each configuration serves two policies: as a softmax it is the paper's router (cross-entropy against the cheapest
-configuration that suffices); as sigmoids it is each configuration's probability of success, which a weight chosen at
-run time trades against cost, so that one router gives a whole curve.
+each configuration serves two policies. Its softmax is the paper's router: which configuration is the cheapest that
+suffices (cross-entropy). Summed up to a configuration it is that configuration's probability of success, as one
+suffices if a cheaper one does; a weight chosen at run time trades it against cost, so one router gives a whole curve.
 
 Shapes: B batch, C configurations, R routing vector, D hidden width, N live tokens, T text tokens, V visual tokens.
 """
@@ -33,8 +33,8 @@ class RouterOutput:
 
     @property
     def success(self) -> Tensor:
-        """[B, C]: that each configuration answers right."""
-        return self.logits.float().sigmoid()
+        """[B, C]: that each configuration does as well as the largest, since it or a cheaper one suffices."""
+        return self.logits.double().softmax(-1).cumsum(-1)
 
     def choose(
         self, cost_weight: float | None = None, relative_costs: Sequence[Sequence[float]] | None = None
@@ -48,7 +48,7 @@ class RouterOutput:
         if cost_weight is None:
             return self.logits.argmax(-1).tolist()
         costs_BC = torch.tensor(relative_costs, dtype=torch.float64)
-        value_BC = self.success.double().cpu() - cost_weight * costs_BC
+        value_BC = self.success.cpu() - cost_weight * costs_BC
         return value_BC.argmax(-1).tolist()
 
 

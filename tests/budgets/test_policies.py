@@ -19,6 +19,14 @@ def test_oracle_is_the_cheapest_that_is_right():
     assert policies.oracle(SCORES, COSTS).tolist() == [2, 0, 0, 0, 1]
 
 
+def test_what_suffices_is_the_label_or_costs_more():
+    logits = np.log([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    assert policies.success(logits) == pytest.approx(np.array([[0.5, 0.8, 1.0], [0.1, 0.2, 1.0]]))
+    assert policies.success(logits + 1000) == pytest.approx(policies.success(logits))
+    with pytest.raises(ValueError, match="logits must be a matrix"):
+        policies.success([1.0, 2.0])
+
+
 def test_labels_ask_for_no_more_than_the_full_model_knows():
     assert policies.pseudo_labels(SCORES, COSTS).tolist() == [2, 0, 0, 0, 1]
     assert policies.pseudo_labels([[0.0, 1.0, 0.0]], [[1, 2, 3]]).tolist() == [0]

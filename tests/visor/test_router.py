@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import make_prompt, single
@@ -10,6 +11,7 @@ from visor_models import VISOR_FAMILIES, make_visor
 
 from budgets.costs import price
 from budgets.geometry import from_config
+from budgets.policies import success
 from visor.decoder import running
 from visor.router import Router, RouterOutput
 
@@ -72,11 +74,14 @@ def test_forward_runs_what_the_router_says():
 def test_two_readings_of_one_head():
     output = RouterOutput(torch.tensor([[0.0, 2.0, 2.0], [3.0, 3.1, -1.0]]))
     assert torch.allclose(output.probabilities.sum(-1), torch.ones(2))
-    assert torch.allclose(output.success, output.logits.sigmoid())
+    assert torch.allclose(output.success[:, -1], torch.ones(2, dtype=torch.float64))
+    assert torch.allclose(output.success.diff(dim=-1).float(), output.probabilities[:, 1:])
+    assert np.allclose(output.success, success(output.logits))
     assert output.choose() == [1, 1]  # of equals the cheaper one
     costs = [[0.1, 0.5, 1.0]] * 2
-    assert output.choose(0.0, costs) == [1, 1]
-    assert output.choose(0.5, costs) == [1, 0]
+    assert output.choose(0.0, costs) == [2, 2]  # success alone: the largest
+    assert output.choose(0.5, costs) == [2, 1]  # 0.06, 0.28, 0.5; 0.42, 0.74, 0.5
+    assert output.choose(1.0, costs) == [1, 1]  # -0.04, 0.03, 0.0; 0.37, 0.49, 0.0
     assert output.choose(10.0, costs) == [0, 0]
 
 

@@ -70,7 +70,7 @@ def test_what_the_router_says_depends_on_nothing_but_the_sample(loaded, batch, l
 def test_a_derived_choice_is_the_models_own(loaded, batch, logits, cost_weight):
     prepared, vision = batch
     costs = [relative_costs(loaded.model.config, loaded.geometry, p.num_visual, p.num_text) for p in prepared]
-    success = 1 / (1 + np.exp(-logits))
+    success = policies.success(logits)
     derived = policies.most_likely(logits) if cost_weight is None else cost_aware(success, costs, cost_weight)
     answers = loaded.generate(prepared, vision, schedules(loaded, prepared, derived.tolist()), 4)
     states = loaded.prefill(

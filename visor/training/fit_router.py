@@ -1,8 +1,7 @@
 """Train the router on routing vectors and labels that are known already: minutes of arithmetic on a small MLP.
 
-One head serves two readings. As a softmax it learns the label (cross-entropy, the paper's router); as sigmoids it
-learns whether each configuration answers right (binary cross-entropy, the cost-aware one). The readings agree: the
-label is the cheapest of those that succeed, so it may have the highest of several positive logits.
+Cross-entropy to the label, the cheapest configuration that suffices. The cost-aware policy reads the same softmax,
+summed up to each configuration (`visor.router.RouterOutput.success`): no second head that could contradict it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visor.router import RouterOutput
 from visor.training.explore import Labels, write_json
 
 
@@ -25,7 +25,6 @@ class RouterFit:
 
     Args:
         epochs, batch_size, rate, weight_decay: of AdamW with a cosine to zero.
-        success_weight: weight of the success loss beside the cross-entropy.
         held_out: share of the images kept apart, to choose the best epoch and to report on.
         reach: see `Labels.labels_N`.
         cost_weights: lambdas of the reported curve.
@@ -35,11 +34,10 @@ class RouterFit:
     batch_size: int = 256
     rate: float = 1e-3
     weight_decay: float = 0.05
-    success_weight: float = 1.0
     held_out: float = 0.15
     reach: float = 0.99
     seed: int = 0
-    cost_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+    cost_weights: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not self.rate > 0:
@@ -57,12 +55,6 @@ def split(images_N: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]
     kept_apart = images[order[: max(1, round(held_out * len(images)))]]
     mask_N = torch.isin(images_N, kept_apart)
     return (~mask_N).nonzero()[:, 0], mask_N.nonzero()[:, 0]
-
-
-def losses(logits_NC: Tensor, labels_N: Tensor, scores_NC: Tensor, success_weight: float) -> Tensor:
-    """Cross-entropy of the labels plus weighted binary cross-entropy of success."""
-    success = F.binary_cross_entropy_with_logits(logits_NC, scores_NC)
-    return F.cross_entropy(logits_NC, labels_N) + success_weight * success
 
 
 def fit(router: nn.Module, labels: Labels, options: RouterFit, folder: Path) -> dict[str, Any]:
@@ -91,15 +83,14 @@ def fit(router: nn.Module, labels: Labels, options: RouterFit, folder: Path) -> 
         order = train_M[torch.randperm(len(train_M), generator=generator)]
         total = 0.0
         for batch in order.split(options.batch_size):
-            loss = losses(router(vectors_NR[batch]), labels_N[batch], scores_NC[batch], options.success_weight)
+            loss = F.cross_entropy(router(vectors_NR[batch]), labels_N[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
         schedule.step()
         with torch.no_grad():
-            logits = router(vectors_NR[test_M])
-            held = losses(logits, labels_N[test_M], scores_NC[test_M], options.success_weight).item()
+            held = F.cross_entropy(router(vectors_NR[test_M]), labels_N[test_M]).item()
         history.append([total / len(order), held])
         if held < best:
             best, best_state = held, {name: value.clone() for name, value in router.state_dict().items()}
@@ -133,6 +124,7 @@ def report(
             "share": [round(v, 4) for v in torch.bincount(chosen_N, minlength=num).div(len(chosen_N)).tolist()],
         }
 
+    output = RouterOutput(logits_NC)
     chosen_N = logits_NC.argmax(1)
     confusion = torch.zeros(num, num, dtype=torch.long)
     confusion.index_put_((labels_N, chosen_N), torch.ones_like(labels_N), accumulate=True)
@@ -145,21 +137,22 @@ def report(
         "router": point(chosen_N),
         "random at its cost": {"score": round(random_score.item(), 4), "cost": point(chosen_N)["cost"]},
         "cost_aware": {
-            f"{weight:g}": point((logits_NC.sigmoid() - weight * costs).argmax(1)) for weight in options.cost_weights
+            f"{weight:g}": point(torch.tensor(output.choose(weight, [costs_C] * len(labels_N))))
+            for weight in options.cost_weights
         },
         "fixed": [point(torch.full_like(labels_N, index)) for index in range(num)],
         "oracle": point(labels_N),
-        "success_calibration": _calibration(logits_NC.sigmoid(), scores_NC),
+        "success_calibration": _calibration(output.success, (labels_N[:, None] <= torch.arange(num)).float()),
     }
 
 
-def _calibration(success_NC: Tensor, scores_NC: Tensor) -> list[dict[str, float]]:
+def _calibration(success_NC: Tensor, suffices_NC: Tensor) -> list[dict[str, float]]:
     """In five bins of predicted success: what was predicted, what came, and how often."""
     bins = (success_NC * 5).long().clamp(max=4)
     return [
         {
             "predicted": round(success_NC[bins == b].mean().item(), 3),
-            "seen": round(scores_NC[bins == b].mean().item(), 3),
+            "seen": round(suffices_NC[bins == b].mean().item(), 3),
             "num": int((bins == b).sum()),
         }
         for b in range(5)

@@ -162,8 +162,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """From what `to_dict` gave, here or in an earlier version: options that came later have their defaults."""
-        return _build(cls, values, "")
+        """From what `to_dict` gave, here or in an earlier version.
+
+        Options that came later have their defaults, and those that are gone are left out.
+        """
+        return _build(cls, _known(cls, values), "")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -233,6 +236,16 @@ def _build(cls: type, values: Mapping[str, Any], place: str) -> Any:
         return cls(**made)
     except TypeError as error:
         raise ValueError(f"{place or 'recipe: '}{error}") from error
+
+
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of options that a dataclass has, at any depth."""
+    hints = get_type_hints(cls)
+    return {
+        name: _known(hints[name], value) if is_dataclass(hints[name]) else value
+        for name, value in values.items()
+        if name in hints
+    }
 
 
 def _near(cls: type, name: str, place: str) -> list[str]:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 MAY_CHANGE = ("steps", "log_every", "save_every", "workers", "micro_batch", "max_skipped")
 """Options of the optimisation that a run may continue with other values of. Another `steps` is another learning rate
 schedule from there on; the rest changes no weight."""
+NOT_READ = {
+    **{stage: ("exploration", "router", "router_fit") for stage in TRAINED},
+    "search": ("optimisation", "pooling", "configuration_weights", "router", "router_fit"),
+    "labels": ("optimisation", "pooling", "configuration_weights", "router_fit"),
+    "router": ("optimisation", "pooling", "configuration_weights"),
+}
+"""Parts of a recipe that a stage has no use for: they may be anything when it is continued."""
 
 
 def load_model(name_or_path: str | Path) -> tuple[nn.Module, Any]:
@@ -100,8 +107,12 @@ def remember(recipe: Recipe, folder: Path, is_main: bool) -> None:
     path, own = folder / "recipe.json", json.loads(json.dumps(recipe.to_dict()))
     if path.exists():
         before = json.loads(json.dumps(Recipe.from_dict(json.loads(path.read_text())).to_dict()))
-        strip = lambda d: {**d, "tensorboard": None, "optimisation": {
-            k: v for k, v in d["optimisation"].items() if k not in MAY_CHANGE}}  # fmt: skip
+        strip = lambda d: {
+            **d,
+            "tensorboard": None,
+            "optimisation": {k: v for k, v in d["optimisation"].items() if k not in MAY_CHANGE},
+            **dict.fromkeys(NOT_READ[recipe.stage]),
+        }
         old, new = strip(before), strip(own)
         if old != new:
             changed = [name for name in new if old.get(name) != new[name]]
