@@ -76,7 +76,6 @@ def layout(figure, left=0.55, right=0.15, top=0.32, bottom=0.5, wspace=0.24, hsp
 def _curves(axes, points: list[tuple[Setting, float, Interval, str]], counter: list[int], label_policies=True) -> None:
     """Points (setting, x, y interval in %, tooltip) with bars; budgets of one method joined by a line."""
     by_method: dict[str, list] = {}
-    labelled = 0
     for point in points:
         by_method.setdefault(point[0].method, []).append(point)
     # Random first, accents last, so that what matters lies on top.
@@ -120,13 +119,14 @@ def _curves(axes, points: list[tuple[Setting, float, Interval, str]], counter: l
             )
             marker.set_gid(series_id(method, counter[0], tooltip))
             if hollow and label_policies and not small:
-                labelled += 1  # above and below in turn, because policies tend to sit at the same cost
-                text = axes.annotate(
+                text = axes.annotate(  # on the left: the settings of a sweep lie on the right
                     plain(setting.policy),
                     (x, y.estimate),
-                    xytext=(4, 6 + 4 * labelled if labelled % 2 else -9 - 4 * labelled),
+                    xytext=(-6, 0),
                     fontsize=7,
                     textcoords="offset points",
+                    ha="right",
+                    va="center",
                     color=MUTED,
                 )
                 text.set_gid(series_id(method, -counter[0]))
