@@ -99,6 +99,21 @@ def test_what_is_done_is_not_repeated(visor_run, base_folder):
         run_chain("visor", base_folder, out, changes={**CHANGES, "blocks": [*CHANGES["blocks"], "seed=5"]})
 
 
+def test_what_a_stage_does_not_read_may_change(visor_run, base_folder):
+    out, document = visor_run
+    path = out / "universal" / "recipe.json"
+    recipe = json.loads(path.read_text())
+    recipe["router_fit"] |= {"epochs": 99, "no_longer_an_option": 1}
+    del recipe["configuration_weights"]  # came later, and with its default means what the run did
+    path.write_text(json.dumps(recipe))
+    plain = {**CHANGES, "universal": [*CHANGES["universal"], "configuration_weights=[]"]}
+    assert run_chain("visor", base_folder, out, changes=plain) == document
+    with pytest.raises(ValueError, match="begun with another recipe .different: configuration_weights"):
+        run_chain("visor", base_folder, out, changes=CHANGES)
+    path.unlink()  # as it was
+    assert run_chain("visor", base_folder, out, changes=CHANGES) == document
+
+
 def test_published_models_have_a_card_and_load(visor_run, tmp_path, base_folder):
     from visor.training.publish import main as publish
 
@@ -176,7 +191,7 @@ def test_a_router_learns_what_can_be_learned(tmp_path):
     )
     assert document["fixed"][0]["score"] < document["router"]["score"] and document["router"]["cost"] < 0.4
     aware = document["cost_aware"]
-    assert aware["0"]["cost"] > aware["1.6"]["cost"] and aware["0"]["score"] >= aware["1.6"]["score"]
+    assert aware["0.25"]["cost"] > aware["4"]["cost"] and aware["0.25"]["score"] >= aware["4"]["score"]
     assert sum(map(sum, document["confusion"])) == document["num_questions"] == 150
     again = fit(Router(4, ("last", "text", "visual"), 16, 2), labels, options, tmp_path / "whole")
     assert again == document, "a finished fit is taken from its state"
