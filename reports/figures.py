@@ -22,6 +22,7 @@ from reports.plotting import BAND, INK, LEGEND_INCHES, MUTED, SURFACE, Drawing, 
 from reports.style import method_style
 
 WIDTH = 10.6  # inches; the page shows it at its full width
+ROW_INCHES = 0.2  # of a legend
 
 
 # -- shared pieces -------------------------------------------------------------------------------------------------
@@ -32,8 +33,12 @@ def methods(settings: list[Setting]) -> dict[str, str]:
     return {setting.method: setting.title for setting in settings}
 
 
-def legend(figure, settings: list[Setting], policies: bool = True) -> None:
-    """One row at the foot, in the strip that the page cuts off."""
+def legend(figure, settings: list[Setting], policies: bool = True) -> float:
+    """At the foot, in the strip that the page cuts off; to be called when the figure is laid out.
+
+    Returns:
+        Height of the strip in inches. Where one row is not enough, the figure grows by the others.
+    """
     handles = []
     for method, title in methods(settings).items():
         look = method_style(method)
@@ -55,15 +60,28 @@ def legend(figure, settings: list[Setting], policies: bool = True) -> None:
         handles.append(
             Line2D([], [], color=MUTED, marker="o", linestyle="none", markerfacecolor=SURFACE, label="policy")
         )
+    entry = 0.55 + 0.066 * max(len(handle.get_label()) for handle in handles)  # inches, of the widest
+    columns = max(1, min(len(handles), int(WIDTH / entry)))
+    further = ROW_INCHES * (math.ceil(len(handles) / columns) - 1)
+    _grow(figure, further)
     height = figure.get_size_inches()[1]
     figure.legend(
         handles=handles,
         loc="lower center",
-        ncols=min(len(handles), 9),
+        ncols=columns,
         bbox_to_anchor=(0.5, 0.04 / height),
         columnspacing=1.4,
         handletextpad=0.5,
     )
+    return LEGEND_INCHES + further
+
+
+def _grow(figure, inches: float) -> None:
+    """Add height at the foot; the margins and the plots keep their size."""
+    width, height = figure.get_size_inches()
+    bottom, top = figure.subplotpars.bottom * height + inches, (1 - figure.subplotpars.top) * height
+    figure.set_size_inches(width, height + inches)
+    figure.subplots_adjust(bottom=bottom / (height + inches), top=1 - top / (height + inches))
 
 
 def layout(figure, left=0.55, right=0.15, top=0.32, bottom=0.5, wspace=0.24, hspace=0.55, legend=True) -> None:
@@ -78,6 +96,8 @@ def _curves(axes, points: list[tuple[Setting, float, Interval, str]], counter: l
     by_method: dict[str, list] = {}
     for point in points:
         by_method.setdefault(point[0].method, []).append(point)
+    # The policies of one method, as those of several would cover one another.
+    named = next((p[0].method for p in points if p[0].is_policy), None) if label_policies else None
     # Random first, accents last, so that what matters lies on top.
     for method in sorted(by_method, key=lambda m: (method_style(m).weight, m != "random")):
         look = method_style(method)
@@ -118,7 +138,7 @@ def _curves(axes, points: list[tuple[Setting, float, Interval, str]], counter: l
                 markeredgewidth=0.9 if small else 1.6 if hollow else 0.4,
             )
             marker.set_gid(series_id(method, counter[0], tooltip))
-            if hollow and label_policies and not small:
+            if hollow and not small and method == named:
                 text = axes.annotate(  # on the left: the settings of a sweep lie on the right
                     plain(setting.policy),
                     (x, y.estimate),
@@ -235,14 +255,14 @@ def pareto_figure(analysis: Analysis, watermark: str) -> Drawing | None:
             _log_axis(axes, list(x))
     panels[0].set_ylabel(f"average accuracy over {len(run.tasks)} task{'s' * (len(run.tasks) > 1)}, %")
     layout(figure, wspace=0.08)
-    legend(figure, [s for s, _ in shown])
+    foot = legend(figure, [s for s, _ in shown])
     caption = (
         "Average over the suite's tasks against three costs. Up and left is better. Vertical bars: 95 % confidence "
         "intervals, clustered by image. Dashed: the exact frontier. Band: within 1 point below dense."
     )
     if any(s.is_policy for s, _ in shown):
         caption += " Hollow: a policy that chooses a configuration per sample; small: points of its sweep."
-    return plotting.finish(figure, "pareto", "Accuracy against cost", caption, watermark)
+    return plotting.finish(figure, "pareto", "Accuracy against cost", caption, watermark, foot)
 
 
 def _task_grid(
@@ -289,8 +309,8 @@ def _task_grid(
     for axes in grid[max(0, len(run.tasks) - columns) : len(run.tasks)]:
         axes.set_xlabel("decoder FLOPs, % of dense, log scale")
     layout(figure, top=0.48, wspace=0.1, hspace=0.5)
-    legend(figure, run.settings)
-    return plotting.finish(figure, name, title, caption, watermark) if drawn else None
+    foot = legend(figure, run.settings)
+    return plotting.finish(figure, name, title, caption, watermark, foot) if drawn else None
 
 
 def tasks_absolute(analysis: Analysis, watermark: str) -> Drawing | None:

@@ -60,7 +60,7 @@ def looking_figure(look: Look, watermark: str) -> Drawing | None:
         "layer to those after the first one; 1 is unchanged up to rotation and scale. Bands: 95 % bootstrap intervals "
         "over images. Tints: coarse, fine-grained and reasoning tasks."
     )
-    return plotting.finish(figure, f"looks_{css_name(look.model)}", "How the model looks", caption, watermark, False)
+    return plotting.finish(figure, f"looks_{css_name(look.model)}", "How the model looks", caption, watermark, 0.0)
 
 
 def layer_drop_figure(look: Look, watermark: str) -> Drawing | None:
@@ -106,4 +106,4 @@ def layer_drop_figure(look: Look, watermark: str) -> Drawing | None:
         "the layers of the task."
     )
     return plotting.finish(figure, f"layer_drop_{css_name(look.model)}", "Layers without the image", caption, watermark,
-                           False)  # fmt: skip
+                           0.0)  # fmt: skip

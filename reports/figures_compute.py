@@ -108,7 +108,7 @@ def flops_by_part(analysis: Analysis, watermark: str) -> Drawing | None:
         "Prefill FLOPs of a mean sample by part, full-square attention. The budget dials the decoder parts only; the "
         "vision tower and the LM head stand beside them."
     )
-    return plotting.finish(figure, "flops_by_part", "What the FLOPs go into", caption, watermark, legend=False)
+    return plotting.finish(figure, "flops_by_part", "What the FLOPs go into", caption, watermark, foot=0.0)
 
 
 def _over_depth(analysis: Analysis, column: str, scale: float = 1.0) -> tuple[dict[str, np.ndarray], list[Group]]:
@@ -170,12 +170,12 @@ def _depth_figure(
     for axes in grid.reshape(rows, columns)[:, 0]:
         axes.set_ylabel(y_label)
     layout(figure, wspace=0.08)
-    legend(
+    foot = legend(
         figure,
         [s for g in groups for s in ([run.dense] if run.dense else []) + list(g.settings) if s.id in depth],
         policies=False,
     )
-    return plotting.finish(figure, name, title, caption, watermark)
+    return plotting.finish(figure, name, title, caption, watermark, foot)
 
 
 def visual_tokens(analysis: Analysis, watermark: str) -> Drawing | None:

@@ -46,7 +46,7 @@ def policy_curve(analysis: Analysis, section: PolicySection, watermark: str) -> 
         "dense."
     )
     name = f"policy_curve_{css_name(method)}"
-    return plotting.finish(figure, name, "Policies: accuracy against mean cost", caption, watermark, legend=False)
+    return plotting.finish(figure, name, "Policies: accuracy against mean cost", caption, watermark, foot=0.0)
 
 
 def _draw_policies(axes, points: list[Point], method: str) -> list[Line2D]:
@@ -147,4 +147,4 @@ def policy_choices(section: PolicySection, watermark: str) -> Drawing | None:
         "largest one's score."
     )
     name = f"policy_{css_name(section.family.method)}"
-    return plotting.finish(figure, name, "What the policies chose", caption, watermark, legend=False)
+    return plotting.finish(figure, name, "What the policies chose", caption, watermark, foot=0.0)

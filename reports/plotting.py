@@ -59,7 +59,7 @@ RC = {
     "lines.solid_capstyle": "round",
     "hatch.linewidth": 0.6,
 }
-LEGEND_INCHES = 0.38  # strip at the foot of a figure that the page cuts off, having a legend of its own
+LEGEND_INCHES = 0.38  # strip with a one-row legend at the foot of a figure; the page, which has its own, cuts it off
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,14 @@ def series_id(method: str, number: int, tooltip: str = "") -> str:
     return f"series--{quote(method, safe='')}--{quote(tooltip, safe='')}--{number}"
 
 
-def finish(figure: Figure, name: str, title: str, caption: str, watermark: str = "", legend: bool = True) -> Drawing:
+def finish(
+    figure: Figure, name: str, title: str, caption: str, watermark: str = "", foot: float = LEGEND_INCHES
+) -> Drawing:
     """Save in all formats. Must run inside `style()`.
 
     Args:
         watermark: drawn across the figure, so that it cannot lose its caveat on the way into a paper.
-        legend: whether the foot of the figure holds a legend strip that the page cuts off.
+        foot: inches at the foot that hold a legend, which the page cuts off.
     """
     if watermark:
         mark = figure.text(
@@ -136,7 +138,7 @@ def finish(figure: Figure, name: str, title: str, caption: str, watermark: str =
         buffer = io.BytesIO()
         figure.savefig(buffer, format=suffix, metadata=metadata[suffix])
         files[suffix] = buffer.getvalue()
-    svg = _for_page(files["svg"].decode(), name, f"{title}. {caption}", LEGEND_INCHES if legend else 0.0)
+    svg = _for_page(files["svg"].decode(), name, f"{title}. {caption}", foot)
     return Drawing(name, title, caption, files, svg)
 
 
