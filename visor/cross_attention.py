@@ -51,26 +51,45 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         """Keys and values [B, G, V, d] of the visual tokens. They are constant while decoding."""
         if valid_BV is not None:  # padding must look like the convolution's own zero padding
             visual_BVD = visual_BVD * valid_BV[..., None]
-        visual_BVD = self.visual_norm(visual_BVD + self.encode_positions(visual_BVD))
+        visual_BVD = self.with_positions(visual_BVD)
         split = lambda x: x.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        if _is_plain(self.k_proj) and _is_plain(self.v_proj):  # one product for both
-            weight = torch.cat([self.k_proj.weight, self.v_proj.weight])
-            keys, values = F.linear(visual_BVD, weight).chunk(2, dim=-1)
+        if all(map(_is_plain, (self.visual_norm, self.k_proj, self.v_proj))):
+            keys, values = self._normed_product(visual_BVD, torch.cat([self.k_proj.weight, self.v_proj.weight])).chunk(
+                2, dim=-1
+            )
             return split(keys), split(values)
+        visual_BVD = self.visual_norm(visual_BVD)
         return split(self.k_proj(visual_BVD)), split(self.v_proj(visual_BVD))
 
-    def encode_positions(self, visual_BVD: Tensor) -> Tensor:
-        """The convolution over the visual sequence: [B, V, D].
+    def _normed_product(self, visual_BVD: Tensor, weight_KD: Tensor) -> Tensor:
+        """The product of normed visual tokens with a weight: [B, V, K].
+
+        The norm's weight goes into the product and its scale behind it: tokens are read where they lie. A norm of its
+        own would write all of them twice more, which takes longer than the thin product.
+        """
+        norm, kind = self.visual_norm, torch.promote_types(visual_BVD.dtype, torch.float32)
+        if visual_BVD.dtype == torch.float16:  # products of tokens that are not normed may exceed its range
+            return F.linear(norm(visual_BVD), weight_KD)
+        length_BV1 = torch.linalg.vector_norm(visual_BVD, dim=-1, keepdim=True, dtype=kind)
+        scale_BV1 = (length_BV1.square() / visual_BVD.shape[-1] + norm.eps).rsqrt()
+        product_BVK = F.linear(visual_BVD, weight_KD * norm.weight)
+        return (product_BVK * scale_BV1).to(product_BVK.dtype)
+
+    def with_positions(self, visual_BVD: Tensor) -> Tensor:
+        """x + conv(x) over the visual sequence: [B, V, D].
 
         As a 2D convolution of a channels-last image one pixel wide, the tokens are read as they lie in memory; a 1D
-        convolution would transpose them twice, which takes several times as long as the convolution itself.
+        convolution would transpose them twice, which takes several times as long as the convolution itself. To add x
+        is to add one to the middle of the kernel.
         """
         conv = self.position_conv
         if not _is_plain(conv):
-            return conv(visual_BVD.transpose(1, 2)).transpose(1, 2)
+            return visual_BVD + conv(visual_BVD.transpose(1, 2)).transpose(1, 2)
         pixels_BDV1 = visual_BVD[:, :, None].permute(0, 3, 1, 2)
-        padding = (conv.padding[0], 0)
-        encoded_BDV1 = F.conv2d(pixels_BDV1, conv.weight[..., None], conv.bias, padding=padding, groups=conv.groups)
+        middle = conv.padding[0]
+        itself_K = F.one_hot(torch.tensor(middle, device=conv.weight.device), 2 * middle + 1)
+        kernel = (conv.weight + itself_K)[..., None]
+        encoded_BDV1 = F.conv2d(pixels_BDV1, kernel, conv.bias, padding=(middle, 0), groups=conv.groups)
         return encoded_BDV1[..., 0].transpose(1, 2)
 
     def attend(self, text_BTD: Tensor, keys: Tensor, values: Tensor, valid_BV: Tensor | None) -> Tensor:
@@ -104,4 +123,4 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
 
 def _is_plain(module: nn.Module) -> bool:
     """True if its weight may be used without calling it: no adapter, no quantised layer, no hook that fetches it."""
-    return type(module) in (nn.Linear, nn.Conv1d) and not hasattr(module, "_hf_hook")
+    return type(module) in (nn.Linear, nn.Conv1d, nn.RMSNorm) and not hasattr(module, "_hf_hook")

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visor.synthetic.world import SLOTS
 from visor.training.encoding import Row
+from visor.training.reading import WordReader
 
 
-class AskedFacts(nn.Module):
+class AskedFacts(WordReader):
     """Reads facts off the text behind every CROSS layer but the first and the last.
 
     At the first one a word knows only itself; behind the last one only the answer counts.
@@ -30,11 +30,7 @@ class AskedFacts(nn.Module):
     """
 
     def __init__(self, decoder: nn.Module, cross_layers: Sequence[int], vocabulary: int) -> None:
-        super().__init__()
-        width = decoder.config.hidden_size
-        self.norm = nn.RMSNorm(width)
-        self.classifier = nn.Linear(width, len(SLOTS) * vocabulary)
-        nn.init.normal_(self.classifier.weight, std=width**-0.5)
+        super().__init__(decoder.config.hidden_size, len(SLOTS), vocabulary)
         self._seen: dict[int, Tensor] = {}
         for layer in sorted(cross_layers)[1:-1]:
             decoder.layers[layer].register_forward_hook(lambda _, __, output, at=layer: self._see(at, output))
@@ -59,14 +55,5 @@ class AskedFacts(nn.Module):
         facts = [(b, place - row.num_text, *fact) for b, row in enumerate(rows) for place, *fact in row.asked]
         if not facts or not readings:
             return None, []
-        device = readings[0].device
-        row_N, from_end_N, slot_N, word_N = torch.tensor(facts, device=device).unbind(1)
-        index_N, total, right = torch.arange(len(facts), device=device), 0.0, []
-        with torch.autocast(device.type, enabled=False):
-            for hidden_BTD in readings:
-                hidden_ND = hidden_BTD[row_N, from_end_N].float()
-                logits_NSW = self.classifier(self.norm(hidden_ND)).unflatten(-1, (len(SLOTS), -1))
-                logits_NW = logits_NSW[index_N, slot_N]
-                total = total + F.cross_entropy(logits_NW, word_N, reduction="sum")
-                right = (logits_NW.detach().argmax(-1) == word_N).tolist()
-        return total / len(readings), right
+        row_N, from_end_N, slot_N, word_N = torch.tensor(facts, device=readings[0].device).unbind(1)
+        return self.read([hidden_BTD[row_N, from_end_N] for hidden_BTD in readings], slot_N, word_N)

@@ -69,6 +69,9 @@ class Row:
         asked: (index among the text tokens, slot, token id) of what words of prompts should know
             (`visor.training.asked`).
         looks: where in the image text tokens should look (`visor.training.looks`).
+        written: (index in the prefix, token id) of words that stand in patches.
+        parts: (index in the prefix, part, token id) of words that stand in parts of averaged windows
+            (`visor.training.written`).
     """
 
     key: str
@@ -80,6 +83,8 @@ class Row:
     facts: tuple[tuple[int, int, int], ...] = ()
     asked: tuple[tuple[int, int, int], ...] = ()
     looks: tuple[Look, ...] = ()
+    written: tuple[tuple[int, int], ...] = ()
+    parts: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_text(self) -> int:
@@ -138,7 +143,9 @@ class Encoder:
         if words is None:
             words = self._patch_words[row.num_visual] = PatchWords(self.tokenizer, isqrt(row.num_visual))
         first = len(row.prefix) - row.num_visual
-        facts = [(first + words.patch_of(label), *fact) for label in scene.labels for fact in label.facts]
+        place_of = lambda label: first + words.patch_of(label)
+        facts = [(place_of(label), *fact) for label in scene.labels for fact in label.facts]
+        written = sorted({(place_of(label), word) for label in scene.labels for word in label.words})
         patches_of: dict[str, set[int]] = {}
         for label in scene.labels:
             for word in label.words:
@@ -161,15 +168,21 @@ class Encoder:
                 looks.append(Look(first + segment.prompt_end + k, (words.patch_at(x, y),), True))
             first += len(segment.ids)
         as_tokens = lambda stated: self._as_tokens(stated, words.vocabulary)
-        return replace(row, facts=as_tokens(facts), asked=as_tokens(asked), looks=tuple(looks))
+        numbered = lambda stated: [(place, SLOTS.index(slot), word) for place, slot, word in stated]
+        return replace(
+            row,
+            facts=as_tokens(numbered(facts)),
+            asked=as_tokens(numbered(asked)),
+            looks=tuple(looks),
+            written=as_tokens(written),
+        )
 
     @staticmethod
-    def _as_tokens(
-        stated: Sequence[tuple[int, str, str]], vocabulary: Mapping[str, int]
-    ) -> tuple[tuple[int, int, int], ...]:
-        if unknown := sorted({word for _, _, word in stated if word not in vocabulary}):
+    def _as_tokens(stated: Sequence[tuple[Any, ...]], vocabulary: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
+        """Statements whose last part is a word, with its token id instead."""
+        if unknown := sorted({word for *_, word in stated if word not in vocabulary}):
             raise BadRow(f"the tokenizer has no one token for the facts {unknown}; set facts_weight to 0")
-        return tuple((place, SLOTS.index(slot), vocabulary[word]) for place, slot, word in stated)
+        return tuple((*rest, vocabulary[word]) for *rest, word in stated)
 
     def _prefix(self, example: Example) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         """Pixels, and the token ids up to the last image token."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from visor.training.batch import PADDING, SHARED, Batch
 from visor.training.encoding import IGNORED
 from visor.training.looks import Looks
 from visor.training.refined import Features, RefinedFacts
+from visor.training.written import WrittenWords
 
 TRAINABLE_FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
@@ -48,13 +48,20 @@ class PackedModel:
         self.num_layers = len(self.decoder.layers)
         self.facts: RefinedFacts | None = None
         self.asked: AskedFacts | None = None
+        self.written: WrittenWords | None = None
         self.looks: Looks | None = None
         kernel = getattr(self.decoder.config, "_attn_implementation", "sdpa")
         if kernel not in ("sdpa", "float32_sdpa", "eager"):
             raise ValueError(f"packed training needs a kernel that takes block masks (sdpa), the model uses {kernel!r}")
 
     def read_facts(self, vocabulary: int) -> None:
-        """From now on, read facts off visual tokens and off the text that reads them, as a side loss."""
+        """From now on, read facts off visual tokens and off the text that reads them, as a side loss.
+
+        Of a base model, only what is written in averaged windows.
+        """
+        self.written = WrittenWords(self.decoder.config.hidden_size, vocabulary)
+        if self.visor is None:
+            return
         config = self.visor.config
         self.facts = RefinedFacts(self.decoder, config.cross_layers, config.self_layers, vocabulary)
         self.asked = AskedFacts(self.decoder, config.cross_layers, vocabulary)
@@ -210,18 +217,3 @@ def answers_of(logits_AW: Tensor, batch: Batch, hint_weight: float = 0.0) -> Ans
         [one[:n] for one, n in zip(right, nums, strict=True)],
         [one[:n] for one, n in zip(likelihood, nums, strict=True)],
     )
-
-
-def pooled(features_ND: Tensor, side: int) -> Tensor:
-    """The square token grid of one image, averaged to `side` x `side`, as `visor.reduction.pooling` does.
-
-    Raises:
-        ValueError: the tokens form no square grid, or a smaller one.
-    """
-    full = isqrt(len(features_ND))
-    if full * full != len(features_ND) or not 1 <= side <= full:
-        raise ValueError(f"cannot average {len(features_ND)} visual tokens to a grid of {side} x {side}")
-    if side == full:
-        return features_ND
-    grid_1DRC = features_ND.T.reshape(1, -1, full, full)
-    return F.adaptive_avg_pool2d(grid_1DRC.float(), side).flatten(2)[0].T.to(features_ND.dtype)

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
+from visor.reduction.pooling_by import PoolingBy
+from visor.training.averaging import averaged
 from visor.training.batch import Batch
-from visor.training.forward import Features, PackedModel, answers_of, pooled
+from visor.training.forward import Answers, Features, PackedModel, answers_of
 from visor.training.optimise import Objective, Pass
-
-
-def averaged(batch: Batch, features: Sequence[Features], side: int, pad_id: int) -> tuple[Batch, list[Features]]:
-    """The batch with its token grids averaged to `side` x `side`; the prompt shrinks with them, without a gap."""
-    rows = []
-    for row in batch.rows:
-        first = len(row.prefix) - row.num_visual  # the image tokens end the prefix
-        rows.append(replace(row, prefix=row.prefix[: first + side * side], num_visual=side * side, facts=(), looks=()))
-    smaller = Batch.of(rows, pad_id, with_pixels=False)
-    return smaller.to(batch.input_ids_BS.device), [tuple(pooled(level, side) for level in one) for one in features]
 
 
 def check_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
@@ -34,6 +27,22 @@ def check_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
     return tuple(sides)
 
 
+Aid = tuple[str, float, tuple[Tensor | None, list[bool]]]
+"""Name of a side loss, its weight, and the loss with what was right; None where there was nothing to ask."""
+
+
+def _read_written(packed: PackedModel, batch: Batch, features: Sequence[Features]) -> tuple[Tensor | None, list[bool]]:
+    return (None, []) if packed.written is None else packed.written.loss_sum(batch.rows, features)
+
+
+def _with_aids(name: str, answers: Answers, aids: Sequence[Aid]) -> Pass:
+    facts = {}
+    for aid, weight, (loss, right) in aids:
+        if loss is not None:
+            answers.loss_sum, facts[aid] = answers.loss_sum + weight * loss, right
+    return Pass(name, answers, facts)
+
+
 @dataclass(frozen=True)
 class VisorObjective(Objective):
     """One configuration a step, drawn from a list; now and then on an averaged token grid (VISOR-TR).
@@ -42,17 +51,18 @@ class VisorObjective(Objective):
         configurations: SELF subsets to draw from. With one, nothing is random.
         weights: how often each of them is drawn, beside the others; the last one holds for all that follow. Empty is
             equally often.
-        sides: of averaged token grids to draw from, beside the full one.
-        pooled_share: share of the steps that run on one of the `sides`.
+        factors: of pooling to draw from (`visor.reduction.pooling_by`), beside the full token grid.
+        pooled_share: share of the steps that run on one of the `factors`.
         seed: of the draws.
         facts_weight: of a fact that a refined visual token should hold, beside an answer token
-            (`visor.training.refined`), or a word of a question (`visor.training.asked`).
+            (`visor.training.refined`), or a word of a question (`asked`), and of a word in an averaged window
+            (`written`).
         looks_weight: of a look that text should take (`visor.training.looks`).
     """
 
     configurations: tuple[tuple[int, ...], ...]
     weights: tuple[float, ...] = ()
-    sides: tuple[int, ...] = ()
+    factors: tuple[int, ...] = ()
     pooled_share: float = 0.0
     seed: int = 0
     pad_id: int = 0
@@ -76,32 +86,30 @@ class VisorObjective(Objective):
         return 1
 
     def draw(self, step: int) -> tuple[tuple[int, ...], int | None]:
-        """The configuration and the side of a step (None is the full grid); equal on all processes."""
+        """The configuration and the factor of a step (None is the full grid); equal on all processes."""
         rng = np.random.default_rng([self.seed, step, 11])
         if self.weights:
             shares = np.divide(self._weights, sum(self._weights))
             chosen = self.configurations[int(rng.choice(len(self.configurations), p=shares))]
         else:
             chosen = self.configurations[int(rng.integers(len(self.configurations)))]
-        reduce = bool(self.sides) and rng.random() < self.pooled_share
-        return chosen, self.sides[int(rng.integers(len(self.sides)))] if reduce else None
+        reduce = bool(self.factors) and rng.random() < self.pooled_share
+        return chosen, self.factors[int(rng.integers(len(self.factors)))] if reduce else None
 
     def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
-        subset, side = self.draw(step)
-        name = f"{len(subset)} SELF" + (f" side {side}" if side else "")
-        if side is not None:
-            batch, features = averaged(batch, features, side, self.pad_id)
-        answers, facts = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight), {}
-        aids = []
+        subset, factor = self.draw(step)
+        name = f"{len(subset)} SELF" + (f" pooled {factor}x" if factor else "")
+        if factor is not None:
+            shape_of = lambda side: PoolingBy(factor).shape(side, side)
+            batch, features = averaged(batch, features, shape_of, self.pad_id)
+        answers = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight)
+        aids = [("written", self.facts_weight, _read_written(packed, batch, features))]
         if packed.facts is not None:
             aids.append(("facts", self.facts_weight, packed.facts.loss_sum(batch.rows, features, subset)))
             aids.append(("asked", self.facts_weight, packed.asked.loss_sum(batch.rows, subset)))
         if packed.looks is not None:
             aids.append(("looks", self.looks_weight, packed.looks.loss_sum(batch.rows)))
-        for aid, weight, (loss, right) in aids:
-            if loss is not None:
-                answers.loss_sum, facts[aid] = answers.loss_sum + weight * loss, right
-        yield Pass(name, answers, facts)
+        yield _with_aids(name, answers, aids)
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class NestedPooling(Objective):
     Args:
         sides: of the token grids, the scales.
         at_once: scales a step; None is all, as in the paper.
+        facts_weight: of a word in an averaged window, beside an answer token (`visor.training.written`).
     """
 
     sides: tuple[int, ...]
@@ -120,6 +129,7 @@ class NestedPooling(Objective):
     seed: int = 0
     pad_id: int = 0
     hint_weight: float = 0.0
+    facts_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.at_once is not None and not 1 <= self.at_once <= len(self.sides):
@@ -137,6 +147,7 @@ class NestedPooling(Objective):
 
     def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
         for side in self.draw(step):
-            smaller, some = averaged(batch, features, side, self.pad_id)
+            smaller, some = averaged(batch, features, lambda _, side=side: (side, side), self.pad_id)
             answers = answers_of(packed.logits(smaller, some, None), smaller, self.hint_weight)
-            yield Pass(f"side {side}", answers)
+            aids = [("written", self.facts_weight, _read_written(packed, smaller, some))]
+            yield _with_aids(f"side {side}", answers, aids)

@@ -45,7 +45,7 @@ class Optimisation:
         precision: "bf16" (autocast, float32 weights) or "fp32".
         ema: decay of an exponential moving average of the weights, which then is what the stage yields; 0 is off.
         hint_weight: weight of the hints in the loss (`visor.training.encoding`).
-        facts_weight: weight of a fact in the loss (`visor.training.refined`, `visor.training.asked`); 0 reads none.
+        facts_weight: weight of a fact in the loss (`visor.training.refined`, `asked`, `written`); 0 reads none.
         looks_weight: weight of a look in the loss (`visor.training.looks`); 0 watches none.
         seed: of data order and random choices.
         workers: processes that read and encode data ahead; 0 reads in the training process.
@@ -494,5 +494,5 @@ def freeze_all_but(packed: PackedModel, trainable: Sequence[str]) -> dict[str, n
 
 def readers_of(packed: PackedModel) -> dict[str, nn.Module]:
     """What reads facts off the hidden states and is trained beside the model, by name."""
-    readers = {"facts": packed.facts, "asked": packed.asked}
+    readers = {"facts": packed.facts, "asked": packed.asked, "written": packed.written}
     return {name: reader for name, reader in readers.items() if reader is not None}

@@ -63,21 +63,28 @@ class Pooling:
     """Averaged token grids: VISOR-TR on a share of the steps, or the scales of M3.
 
     Args:
-        sides: of the grids.
-        share: VISOR: share of the steps on one of them.
+        factors: VISOR: how many times fewer tokens (`visor.reduction.pooling_by`).
+        share: VISOR: share of the steps on one of the `factors`.
+        sides: M3: of the grids that are its scales.
         at_once: M3: scales a step, drawn at random; None is all.
     """
 
-    sides: tuple[int, ...] = ()
+    factors: tuple[int, ...] = ()
     share: float = 0.0
+    sides: tuple[int, ...] = ()
     at_once: int | None = None
 
     def __post_init__(self) -> None:
+        from visor.reduction.pooling_by import FACTORS
         from visor.training.objectives import check_sides
 
         check_sides("pooling.sides", self.sides)
+        if not set(self.factors) <= set(FACTORS) or len(set(self.factors)) != len(self.factors):
+            raise ValueError(f"pooling.factors must list different ones of {sorted(FACTORS)}, got {list(self.factors)}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"pooling.share must be between 0 and 1, got {self.share!r}")
+        if self.share and not self.factors:
+            raise ValueError("pooling.share needs pooling.factors, such as [2, 4]")
 
 
 @dataclass(frozen=True)

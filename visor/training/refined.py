@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visor.synthetic.world import SLOTS
 from visor.training.encoding import Row
+from visor.training.reading import WordReader
 
 Features = tuple[Tensor, ...]
 """Projected features [N, D] of one image, and what DeepStack adds to them, a tensor a level."""
 
 
-class RefinedFacts(nn.Module):
+class RefinedFacts(WordReader):
     """Reads facts off the visual tokens as they enter, and after every SELF layer that a CROSS layer follows.
 
     Args:
@@ -34,11 +34,7 @@ class RefinedFacts(nn.Module):
     def __init__(
         self, decoder: nn.Module, cross_layers: Sequence[int], self_layers: Sequence[int], vocabulary: int
     ) -> None:
-        super().__init__()
-        width = decoder.config.hidden_size
-        self.norm = nn.RMSNorm(width)
-        self.classifier = nn.Linear(width, len(SLOTS) * vocabulary)
-        nn.init.normal_(self.classifier.weight, std=width**-0.5)
+        super().__init__(decoder.config.hidden_size, len(SLOTS), vocabulary)
         self._watched = [layer for layer in self_layers if layer < max(cross_layers, default=0)]
         self._seen: dict[int, Tensor] = {}
         for layer in self._watched:
@@ -70,12 +66,4 @@ class RefinedFacts(nn.Module):
         first = [len(row.prefix) - row.num_visual for row in rows]  # the image tokens end the prefix
         readings = [torch.stack([features[b][0][place - first[b]] for b, place, _, _ in facts])]
         readings += [seen[layer][row_N, place_N] for layer in self._watched if layer in set(refined)]
-        index_N, total, right = torch.arange(len(facts), device=device), 0.0, []
-        with torch.autocast(device.type, enabled=False):
-            for hidden_ND in readings:
-                hidden_ND = hidden_ND.float()
-                logits_NSW = self.classifier(self.norm(hidden_ND)).unflatten(-1, (len(SLOTS), -1))
-                logits_NW = logits_NSW[index_N, slot_N]
-                total = total + F.cross_entropy(logits_NW, word_N, reduction="sum")
-                right = (logits_NW.detach().argmax(-1) == word_N).tolist()
-        return total / len(readings), right
+        return self.read(readings, slot_N, word_N)

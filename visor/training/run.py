@@ -195,7 +195,7 @@ def _encoder(recipe: Recipe, packed: Any, processor: Any) -> Any:
         adapter.image_fields,
         options.max_text_tokens,
         options.hint_tokens,
-        with_facts=packed.facts is not None or packed.looks is not None,
+        with_facts=packed.written is not None or packed.looks is not None,
     )
 
 
@@ -207,7 +207,12 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
     from visor.training.optimise import Training
 
     options = replace(recipe.optimisation, seed=recipe.seed)
-    common = {"seed": recipe.seed, "pad_id": processor.tokenizer.pad_token_id or 0, "hint_weight": options.hint_weight}
+    common = {
+        "seed": recipe.seed,
+        "pad_id": processor.tokenizer.pad_token_id or 0,
+        "hint_weight": options.hint_weight,
+        "facts_weight": options.facts_weight,
+    }
     if recipe.stage == "m3":
         objective = NestedPooling(recipe.pooling.sides, recipe.pooling.at_once, **common)
     else:
@@ -216,17 +221,16 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
         objective = VisorObjective(
             tuple(tuple(subset) for subset in subsets),
             recipe.configuration_weights,
-            recipe.pooling.sides,
+            recipe.pooling.factors,
             recipe.pooling.share,
-            facts_weight=options.facts_weight,
             looks_weight=options.looks_weight,
             **common,
         )
-        if options.facts_weight:
-            torch.manual_seed(recipe.seed)
-            packed.read_facts(len(processor.tokenizer))
         if options.looks_weight:
             packed.watch_looks()
+    if options.facts_weight:
+        torch.manual_seed(recipe.seed)
+        packed.read_facts(len(processor.tokenizer))
     training = Training(
         packed,
         recipe.train,

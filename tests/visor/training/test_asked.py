@@ -94,12 +94,12 @@ def test_without_things_that_are_named_or_in_evaluation_nothing_is_asked(reading
     assert packed.asked.loss_sum(batch.rows, ()) == (None, [])
 
 
-@pytest.mark.parametrize("side", [None, 2])
-def test_asked_facts_join_the_loss_and_are_learned(reading, side):
+@pytest.mark.parametrize("factor", [None, 2])
+def test_asked_facts_join_the_loss_and_are_learned(reading, factor):
     packed, batch, features = reading
     packed.asked.train()
     objective = VisorObjective(
-        ((1, 3),), sides=(side,) if side else (), pooled_share=1.0 if side else 0.0, facts_weight=2.0
+        ((1, 3),), factors=(factor,) if factor else (), pooled_share=1.0 if factor else 0.0, facts_weight=2.0
     )
     optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.asked.parameters()], 1e-2)
     losses = []

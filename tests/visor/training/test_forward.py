@@ -10,8 +10,7 @@ from visor.conversion import convert
 from visor.training.batch import Batch
 from visor.training.data import BadRow, Example
 from visor.training.encoding import IGNORED, Encoder
-from visor.training.forward import PackedModel, answers_of, pooled
-from visor.training.objectives import averaged
+from visor.training.forward import PackedModel, answers_of
 from visor.training.vocabulary import CHAT_TEMPLATE
 
 QUESTIONS = ((("what is it?", "cat"),), (("and the colour of the thing?", "red"),), (("n?", "12"), ("sure?", "yes")))
@@ -160,23 +159,6 @@ def test_scores_tell_whole_answers():
     logits[first_answer_of_second] *= -1
     answers = answers_of(logits, batch)
     assert answers.right == [[True, False], [True]] and answers.likelihood[0][0] > 0.99 > 0.5 > answers.likelihood[0][1]
-
-
-def test_pooling_is_what_the_method_does_and_the_prompt_shrinks(visor):
-    from visor.reduction.pooling import Pooling
-    from visor.vision import VisionFeatures
-
-    packed = PackedModel(visor)
-    batch = Batch.of([encoder_for(packed).encode(example(i, 1)) for i in range(2)], 0)
-    with torch.no_grad():
-        features = packed.image_features(batch)
-    smaller, some = averaged(batch, features, 3, 0)
-    method = Pooling(side=3).reduce_features(VisionFeatures(features[0][0][None], "projected", grid=(6, 6)), 9)
-    torch.testing.assert_close(some[0][0], method.features_BTD[0])
-    assert smaller.rows[0].num_visual == 9 and int((smaller.position_BS[0] == 9).sum()) == 1
-    assert averaged(batch, features, 6, 0)[1][0][0] is features[0][0]
-    with pytest.raises(ValueError, match="to a grid of 7 x 7"):
-        pooled(features[0][0], 7)
 
 
 @pytest.mark.parametrize(

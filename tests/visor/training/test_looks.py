@@ -14,7 +14,7 @@ from visor.training.data import Example, WorldSource
 from visor.training.encoding import Encoder, Look
 from visor.training.forward import PackedModel
 from visor.training.looks import LEAST
-from visor.training.objectives import VisorObjective, averaged
+from visor.training.objectives import VisorObjective
 from visor.training.symbolic import PatchWords
 from visor.training.vocabulary import build_processor
 
@@ -98,12 +98,10 @@ def test_the_loss_is_of_the_attention_that_the_blocks_compute(looking):
     assert packed.looks.loss_sum(batch.rows) == (None, [])  # watched once
 
 
-def test_nothing_is_watched_in_evaluation_or_without_looks_or_on_an_averaged_grid(looking):
+def test_nothing_is_watched_in_evaluation_or_without_looks(looking):
     packed, batch, features = looking
     packed.logits(batch, features, ())
     assert packed.looks.loss_sum([replace(row, looks=()) for row in batch.rows]) == (None, [])
-    smaller, _ = averaged(batch, features, 2, 0)
-    assert all(row.looks == () for row in smaller.rows)
     packed.model.eval()
     packed.logits(batch, features, ())
     assert packed.looks.loss_sum(batch.rows) == (None, [])

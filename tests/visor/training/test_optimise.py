@@ -225,10 +225,10 @@ def test_tensorboard_is_optional(llava_data, tmp_path, monkeypatch):
 
 
 def test_draws_depend_on_the_step_alone():
-    objective = VisorObjective(((), (1,), (1, 3)), sides=(3, 2), pooled_share=0.5, seed=4)
+    objective = VisorObjective(((), (1,), (1, 3)), factors=(4, 2), pooled_share=0.5, seed=4)
     draws = [objective.draw(step) for step in range(60)]
     assert draws == [objective.draw(step) for step in range(60)]
-    assert {subset for subset, _ in draws} == {(), (1,), (1, 3)} and {side for _, side in draws} == {None, 3, 2}
+    assert {subset for subset, _ in draws} == {(), (1,), (1, 3)} and {factor for _, factor in draws} == {None, 4, 2}
     scales = NestedPooling((6, 3, 2), at_once=2)
     assert all(len(set(scales.draw(step))) == 2 for step in range(10)) and scales.num_passes(0) == 2
     with pytest.raises(ValueError, match="at_once must be 1 to 3"):

@@ -26,7 +26,7 @@ CHANGES = {
     "blocks": [*QUICK, WORLDS, *SLOTS],
     "everything": [*QUICK, WORLDS, *PLAIN],
     "search": LOOK,
-    "universal": [*QUICK, WORLDS, *PLAIN, "pooling={sides: [4], share: 0.5}"],
+    "universal": [*QUICK, WORLDS, *PLAIN, "pooling={factors: [4], share: 0.5}"],
     "labels": LOOK,
     "router": ["router_fit.epochs=3", "router.hidden_size=8"],
 }
@@ -248,6 +248,8 @@ def test_a_trial_takes_a_share():
         (["data=[]"], "needs data"),
         (["conversion.blocks=zero"], "copy, fan_in or config"),
         (["pooling.sides=[8, 8]"], "different sides"),
+        (["pooling.factors=[3]"], r"different ones of \[2, 4\], got \[3\]"),
+        (["pooling.factors=[]"], "pooling.share needs pooling.factors"),
         (["optimisation.peak_rate=fast"], "must be a number, got 'fast'"),
     ],
 )

@@ -1,0 +1,73 @@
+"""Averaged token grids in training: what VISOR-TR and M3 put before the decoder, for a whole batch.
+
+The prompt shrinks with the grid, without a gap. What visual tokens should know, and where text should look, moves to
+the windows that hold the patches; where two patches of one window hold different facts of a kind, neither is asked for.
+
+Shapes: B rows, N visual tokens of an image, D width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import isqrt
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from visor.training.batch import Batch
+from visor.training.encoding import Look, Row
+from visor.training.refined import Features
+
+
+def averaged(
+    batch: Batch, features: Sequence[Features], shape_of: Callable[[int], tuple[int, int]], pad_id: int
+) -> tuple[Batch, list[Features]]:
+    """The batch and its features with every token grid averaged.
+
+    Args:
+        shape_of: rows and columns that are left of a square grid, from its side.
+
+    Raises:
+        ValueError: the tokens of an image form no square grid, or a smaller one.
+    """
+    shapes = [shape_of(isqrt(row.num_visual)) for row in batch.rows]
+    shrunk = [tuple(averaged_grid(level, shape) for level in one) for one, shape in zip(features, shapes, strict=True)]
+    rows = [_averaged_row(row, shape) for row, shape in zip(batch.rows, shapes, strict=True)]
+    return Batch.of(rows, pad_id, with_pixels=False).to(batch.input_ids_BS.device), shrunk
+
+
+def averaged_grid(features_ND: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The square token grid of one image, averaged to (rows, columns), as `visor.reduction.pooling` does.
+
+    Raises:
+        ValueError: the tokens form no square grid, or a smaller one.
+    """
+    full = isqrt(len(features_ND))
+    if full * full != len(features_ND) or not all(1 <= side <= full for side in shape):
+        raise ValueError(f"cannot average {len(features_ND)} visual tokens to a grid of {shape[0]} x {shape[1]}")
+    if shape == (full, full):
+        return features_ND
+    grid_1DRC = features_ND.T.reshape(1, -1, full, full)
+    return F.adaptive_avg_pool2d(grid_1DRC.float(), shape).flatten(2)[0].T.to(features_ND.dtype)
+
+
+def _averaged_row(row: Row, shape: tuple[int, int]) -> Row:
+    (rows, columns), full = shape, isqrt(row.num_visual)
+    window = lambda patch: patch // full * rows // full * columns + patch % full * columns // full
+    first = len(row.prefix) - row.num_visual  # the image tokens end the prefix
+    facts = {(first + window(place - first), slot, word) for place, slot, word in row.facts}
+    words = Counter((place, slot) for place, slot, _ in facts)
+    half = lambda patch: 2 * (2 * (patch // full) * rows // full % 2) + 2 * (patch % full) * columns // full % 2
+    parts = {(first + window(place - first), half(place - first), word) for place, word in row.written}
+    looks = [Look(look.place, tuple(sorted({*map(window, look.patches)})), look.is_answer) for look in row.looks]
+    return replace(
+        row,
+        prefix=row.prefix[: first + rows * columns],
+        num_visual=rows * columns,
+        facts=tuple(sorted(fact for fact in facts if words[fact[:2]] == 1)),
+        looks=tuple(looks),
+        written=(),
+        parts=tuple(sorted(parts)),
+    )
