@@ -24,7 +24,15 @@ from visor.training.refined import Features
 def averaged(
     batch: Batch, features: Sequence[Features], shape_of: Callable[[int], tuple[int, int]], pad_id: int
 ) -> tuple[Batch, list[Features]]:
-    """The batch and its features with every token grid averaged.
+    """The batch and its features with every token grid averaged; see `averaged_rows`."""
+    rows, shrunk = averaged_rows(batch.rows, features, shape_of)
+    return Batch.of(rows, pad_id, with_pixels=False).to(batch.input_ids_BS.device), shrunk
+
+
+def averaged_rows(
+    rows: Sequence[Row], features: Sequence[Features], shape_of: Callable[[int], tuple[int, int]]
+) -> tuple[list[Row], list[Features]]:
+    """Rows and their features with every token grid averaged.
 
     Args:
         shape_of: rows and columns that are left of a square grid, from its side.
@@ -32,10 +40,9 @@ def averaged(
     Raises:
         ValueError: the tokens of an image form no square grid, or a smaller one.
     """
-    shapes = [shape_of(isqrt(row.num_visual)) for row in batch.rows]
+    shapes = [shape_of(isqrt(row.num_visual)) for row in rows]
     shrunk = [tuple(averaged_grid(level, shape) for level in one) for one, shape in zip(features, shapes, strict=True)]
-    rows = [_averaged_row(row, shape) for row, shape in zip(batch.rows, shapes, strict=True)]
-    return Batch.of(rows, pad_id, with_pixels=False).to(batch.input_ids_BS.device), shrunk
+    return [_averaged_row(row, shape) for row, shape in zip(rows, shapes, strict=True)], shrunk
 
 
 def averaged_grid(features_ND: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -55,16 +55,14 @@ class PackedModel:
             raise ValueError(f"packed training needs a kernel that takes block masks (sdpa), the model uses {kernel!r}")
 
     def read_facts(self, vocabulary: int) -> None:
-        """From now on, read facts off visual tokens and off the text that reads them, as a side loss.
-
-        Of a base model, only what is written in averaged windows.
-        """
-        self.written = WrittenWords(self.decoder.config.hidden_size, vocabulary)
-        if self.visor is None:
-            return
+        """From now on, read facts off visual tokens and off the text that reads them, as a side loss."""
         config = self.visor.config
         self.facts = RefinedFacts(self.decoder, config.cross_layers, config.self_layers, vocabulary)
         self.asked = AskedFacts(self.decoder, config.cross_layers, vocabulary)
+
+    def read_written(self, vocabulary: int) -> None:
+        """From now on, read off averaged tokens what is written in each part of their windows, as a side loss."""
+        self.written = WrittenWords(self.decoder.config.hidden_size, vocabulary)
 
     def watch_looks(self) -> None:
         """From now on, watch where text looks while it reads the image, as a side loss."""

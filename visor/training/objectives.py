@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from visor.reduction.pooling_by import PoolingBy
-from visor.training.averaging import averaged
+from visor.training.averaging import averaged, averaged_rows
 from visor.training.batch import Batch
 from visor.training.forward import Answers, Features, PackedModel, answers_of
 from visor.training.optimise import Objective, Pass
@@ -29,10 +29,6 @@ def check_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
 
 Aid = tuple[str, float, tuple[Tensor | None, list[bool]]]
 """Name of a side loss, its weight, and the loss with what was right; None where there was nothing to ask."""
-
-
-def _read_written(packed: PackedModel, batch: Batch, features: Sequence[Features]) -> tuple[Tensor | None, list[bool]]:
-    return (None, []) if packed.written is None else packed.written.loss_sum(batch.rows, features)
 
 
 def _with_aids(name: str, answers: Answers, aids: Sequence[Aid]) -> Pass:
@@ -99,17 +95,31 @@ class VisorObjective(Objective):
     def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
         subset, factor = self.draw(step)
         name = f"{len(subset)} SELF" + (f" pooled {factor}x" if factor else "")
+        aids = [("written", self.facts_weight, self._written(packed, batch, features))]
         if factor is not None:
-            shape_of = lambda side: PoolingBy(factor).shape(side, side)
-            batch, features = averaged(batch, features, shape_of, self.pad_id)
+            batch, features = averaged(batch, features, _shape_by(factor), self.pad_id)
         answers = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight)
-        aids = [("written", self.facts_weight, _read_written(packed, batch, features))]
         if packed.facts is not None:
             aids.append(("facts", self.facts_weight, packed.facts.loss_sum(batch.rows, features, subset)))
             aids.append(("asked", self.facts_weight, packed.asked.loss_sum(batch.rows, subset)))
         if packed.looks is not None:
             aids.append(("looks", self.looks_weight, packed.looks.loss_sum(batch.rows)))
         yield _with_aids(name, answers, aids)
+
+    def _written(
+        self, packed: PackedModel, batch: Batch, features: Sequence[Features]
+    ) -> tuple[Tensor | None, list[bool]]:
+        """The mean over all factors, whichever the step runs on: it costs little, and the tower has much to learn."""
+        if packed.written is None:
+            return None, []
+        grids = [averaged_rows(batch.rows, features, _shape_by(factor)) for factor in self.factors]
+        found = [packed.written.loss_sum(*grid) for grid in grids]
+        losses = [loss / len(found) for loss, _ in found if loss is not None]
+        return (sum(losses) if losses else None), [ok for _, right in found for ok in right]
+
+
+def _shape_by(factor: int) -> Callable[[int], tuple[int, int]]:
+    return lambda side: PoolingBy(factor).shape(side, side)
 
 
 @dataclass(frozen=True)
@@ -149,5 +159,5 @@ class NestedPooling(Objective):
         for side in self.draw(step):
             smaller, some = averaged(batch, features, lambda _, side=side: (side, side), self.pad_id)
             answers = answers_of(packed.logits(smaller, some, None), smaller, self.hint_weight)
-            aids = [("written", self.facts_weight, _read_written(packed, smaller, some))]
-            yield _with_aids(f"side {side}", answers, aids)
+            written = (None, []) if packed.written is None else packed.written.loss_sum(smaller.rows, some)
+            yield _with_aids(f"side {side}", answers, [("written", self.facts_weight, written)])

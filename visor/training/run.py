@@ -187,6 +187,7 @@ def run_stage(
 
 def _encoder(recipe: Recipe, packed: Any, processor: Any) -> Any:
     from visor.training.encoding import Encoder
+    from visor.training.optimise import readers_of
 
     adapter, options = packed.adapter, recipe.encoding
     return Encoder(
@@ -195,7 +196,7 @@ def _encoder(recipe: Recipe, packed: Any, processor: Any) -> Any:
         adapter.image_fields,
         options.max_text_tokens,
         options.hint_tokens,
-        with_facts=packed.written is not None or packed.looks is not None,
+        with_facts=bool(readers_of(packed)) or packed.looks is not None,
     )
 
 
@@ -230,7 +231,10 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
             packed.watch_looks()
     if options.facts_weight:
         torch.manual_seed(recipe.seed)
-        packed.read_facts(len(processor.tokenizer))
+        if recipe.stage != "m3":
+            packed.read_facts(len(processor.tokenizer))
+        if recipe.pooling.factors or recipe.pooling.sides:
+            packed.read_written(len(processor.tokenizer))
     training = Training(
         packed,
         recipe.train,

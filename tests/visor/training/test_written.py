@@ -57,7 +57,7 @@ def batch_of():
 
 def test_the_loss_is_of_the_averaged_features_and_full_grids_are_not_asked(batch_of):
     packed = PackedModel(convert(make_llava(), self_layers=[1, 3], cross_layers=[0, 2, 4]))
-    packed.read_facts(20)
+    packed.read_written(20)
     batch = batch_of(packed)
     features = packed.image_features(batch)
     smaller, some = averaged(batch, features, lambda _: (6, 3), 0)
@@ -76,7 +76,7 @@ def test_written_words_join_the_loss_and_are_learned_by_visor_and_by_m3(batch_of
     torch.manual_seed(0)
     model = make_llava()
     packed = PackedModel(model if rival else convert(model, self_layers=[1, 3], cross_layers=[0, 2, 4]))
-    packed.read_facts(20)
+    packed.read_written(20)
     batch = batch_of(packed)
     if rival:
         objective = NestedPooling((3,), facts_weight=2.0)
