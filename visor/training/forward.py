@@ -183,7 +183,8 @@ class Answers:
 
     Args:
         loss_sum: summed cross-entropy of answer tokens, and of hints times their weight.
-        right: for each row, for each of its segments, whether its whole answers are what greedy decoding would say.
+        right: for each row, for each of its segments, whether its whole answers are what greedy decoding would say;
+            nothing where the pass asked no question.
         likelihood: the same, geometric mean probability of the answer tokens.
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 from torch import Tensor
@@ -27,20 +28,62 @@ def check_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
     return tuple(sides)
 
 
-Aid = tuple[str, float, tuple[Tensor | None, list[bool]]]
-"""Name of a side loss, its weight, and the loss with what was right; None where there was nothing to ask."""
+Found = tuple[Tensor | None, list[bool]]
+"""A side loss with what was right; None where there was nothing to ask."""
 
 
-def _with_aids(name: str, answers: Answers, aids: Sequence[Aid]) -> Pass:
-    facts = {}
-    for aid, weight, (loss, right) in aids:
-        if loss is not None:
-            answers.loss_sum, facts[aid] = answers.loss_sum + weight * loss, right
-    return Pass(name, answers, facts)
+@dataclass(frozen=True, kw_only=True)
+class _Averaging(Objective):
+    """An objective on averaged grids, with the side loss of the words in their windows (`visor.training.written`).
+
+    Args:
+        seed: of all draws.
+        facts_weight: of a word in a window, beside an answer token.
+        written_share: share of the steps that ask for nothing but these words. Such a step runs no decoder.
+    """
+
+    seed: int = 0
+    pad_id: int = 0
+    hint_weight: float = 0.0
+    facts_weight: float = 0.0
+    written_share: float = 0.0
+
+    def is_on_words_alone(self, step: int) -> bool:
+        """Whether a step asks for words in windows alone; equal on all processes."""
+        return np.random.default_rng([self.seed, step, 17]).random() < self.written_share
+
+    def written(
+        self,
+        packed: PackedModel,
+        batch: Batch,
+        features: Sequence[Features],
+        shapes: Sequence[Callable[[int], tuple[int, int]]],
+    ) -> Found:
+        """The mean over some grids, whichever the step runs on: it costs little, and the tower has much to learn."""
+        if packed.written is None:
+            return None, []
+        grids = [averaged_rows(batch.rows, features, shape_of) for shape_of in shapes]
+        found = [packed.written.loss_sum(*grid) for grid in grids]
+        losses = [loss / len(found) for loss, _ in found if loss is not None]
+        return (sum(losses) if losses else None), [ok for _, right in found for ok in right]
+
+    def with_aids(self, name: str, answers: Answers, aids: Sequence[tuple[str, float, Found]]) -> Pass:
+        """A pass with its side losses, each with its name and weight."""
+        facts = {}
+        for aid, weight, (loss, right) in aids:
+            if loss is not None:
+                answers.loss_sum, facts[aid] = answers.loss_sum + weight * loss, right
+        return Pass(name, answers, facts)
+
+    def words_alone(self, found: Found, batch: Batch, features: Sequence[Features]) -> Pass:
+        """A pass that asks no question."""
+        nothing = [[] for _ in batch.rows]
+        answers = Answers(0.0 * features[0][0].sum(), nothing, nothing)
+        return self.with_aids("words", answers, [("written", self.facts_weight, found)])
 
 
 @dataclass(frozen=True)
-class VisorObjective(Objective):
+class VisorObjective(_Averaging):
     """One configuration a step, drawn from a list; now and then on an averaged token grid (VISOR-TR).
 
     Args:
@@ -49,7 +92,6 @@ class VisorObjective(Objective):
             equally often.
         factors: of pooling to draw from (`visor.reduction.pooling_by`), beside the full token grid.
         pooled_share: share of the steps that run on one of the `factors`.
-        seed: of the draws.
         facts_weight: of a fact that a refined visual token should hold, beside an answer token
             (`visor.training.refined`), or a word of a question (`asked`), and of a word in an averaged window
             (`written`).
@@ -60,10 +102,6 @@ class VisorObjective(Objective):
     weights: tuple[float, ...] = ()
     factors: tuple[int, ...] = ()
     pooled_share: float = 0.0
-    seed: int = 0
-    pad_id: int = 0
-    hint_weight: float = 0.0
-    facts_weight: float = 0.0
     looks_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -95,7 +133,11 @@ class VisorObjective(Objective):
     def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
         subset, factor = self.draw(step)
         name = f"{len(subset)} SELF" + (f" pooled {factor}x" if factor else "")
-        aids = [("written", self.facts_weight, self._written(packed, batch, features))]
+        written = self.written(packed, batch, features, [_shape_by(each) for each in self.factors])
+        if self.is_on_words_alone(step):
+            yield self.words_alone(written, batch, features)
+            return
+        aids = [("written", self.facts_weight, written)]
         if factor is not None:
             batch, features = averaged(batch, features, _shape_by(factor), self.pad_id)
         answers = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight)
@@ -104,18 +146,11 @@ class VisorObjective(Objective):
             aids.append(("asked", self.facts_weight, packed.asked.loss_sum(batch.rows, subset)))
         if packed.looks is not None:
             aids.append(("looks", self.looks_weight, packed.looks.loss_sum(batch.rows)))
-        yield _with_aids(name, answers, aids)
+        yield self.with_aids(name, answers, aids)
 
-    def _written(
-        self, packed: PackedModel, batch: Batch, features: Sequence[Features]
-    ) -> tuple[Tensor | None, list[bool]]:
-        """The mean over all factors, whichever the step runs on: it costs little, and the tower has much to learn."""
-        if packed.written is None:
-            return None, []
-        grids = [averaged_rows(batch.rows, features, _shape_by(factor)) for factor in self.factors]
-        found = [packed.written.loss_sum(*grid) for grid in grids]
-        losses = [loss / len(found) for loss, _ in found if loss is not None]
-        return (sum(losses) if losses else None), [ok for _, right in found for ok in right]
+
+def _square(side: int) -> Callable[[int], tuple[int, int]]:
+    return lambda _: (side, side)
 
 
 def _shape_by(factor: int) -> Callable[[int], tuple[int, int]]:
@@ -123,7 +158,7 @@ def _shape_by(factor: int) -> Callable[[int], tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class NestedPooling(Objective):
+class NestedPooling(_Averaging):
     """M3 (Cai et al., Matryoshka Multimodal Models, arXiv 2405.17430): the mean loss over nested scales.
 
     Every scale averages the same tokens; all of them are run at every step, or `at_once` of them, drawn at random.
@@ -131,15 +166,10 @@ class NestedPooling(Objective):
     Args:
         sides: of the token grids, the scales.
         at_once: scales a step; None is all, as in the paper.
-        facts_weight: of a word in an averaged window, beside an answer token (`visor.training.written`).
     """
 
     sides: tuple[int, ...]
     at_once: int | None = None
-    seed: int = 0
-    pad_id: int = 0
-    hint_weight: float = 0.0
-    facts_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.at_once is not None and not 1 <= self.at_once <= len(self.sides):
@@ -153,11 +183,16 @@ class NestedPooling(Objective):
         return [self.sides[int(i)] for i in order[: self.at_once]]
 
     def num_passes(self, step: int) -> int:
-        return len(self.sides) if self.at_once is None else self.at_once
+        return 1 if self.is_on_words_alone(step) else len(self.draw(step))
 
     def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
+        full = min(isqrt(row.num_visual) for row in batch.rows)
+        finest = [_square(side) for side in sorted(self.sides) if side < full][-1:]  # that averages anything
+        if self.is_on_words_alone(step):
+            yield self.words_alone(self.written(packed, batch, features, finest), batch, features)
+            return
         for side in self.draw(step):
-            smaller, some = averaged(batch, features, lambda _, side=side: (side, side), self.pad_id)
+            written = self.written(packed, batch, features, finest)
+            smaller, some = averaged(batch, features, _square(side), self.pad_id)
             answers = answers_of(packed.logits(smaller, some, None), smaller, self.hint_weight)
-            written = (None, []) if packed.written is None else packed.written.loss_sum(smaller.rows, some)
-            yield _with_aids(f"side {side}", answers, [("written", self.facts_weight, written)])
+            yield self.with_aids(f"side {side}", answers, [("written", self.facts_weight, written)])

@@ -171,7 +171,7 @@ class Tally:
         """Take in the answers of a pass."""
         for row, right in zip(batch.rows, one.answers.right, strict=True):
             self.passes[one.name] += right
-            for kind, ok in zip(row.kinds, right, strict=True):
+            for kind, ok in zip(row.kinds if right else (), right, strict=True):
                 self.right[kind].append(ok)
         for reader, right in one.facts.items():
             self.passes[f"{one.name} {reader}"] += right

@@ -67,12 +67,14 @@ class Pooling:
         share: VISOR: share of the steps on one of the `factors`.
         sides: M3: of the grids that are its scales.
         at_once: M3: scales a step, drawn at random; None is all.
+        written_share: share of the steps that ask for nothing but words in windows (`visor.training.written`).
     """
 
     factors: tuple[int, ...] = ()
     share: float = 0.0
     sides: tuple[int, ...] = ()
     at_once: int | None = None
+    written_share: float = 0.0
 
     def __post_init__(self) -> None:
         from visor.reduction.pooling_by import FACTORS
@@ -81,8 +83,9 @@ class Pooling:
         check_sides("pooling.sides", self.sides)
         if not set(self.factors) <= set(FACTORS) or len(set(self.factors)) != len(self.factors):
             raise ValueError(f"pooling.factors must list different ones of {sorted(FACTORS)}, got {list(self.factors)}")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"pooling.share must be between 0 and 1, got {self.share!r}")
+        for name in ("share", "written_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"pooling.{name} must be between 0 and 1, got {getattr(self, name)!r}")
         if self.share and not self.factors:
             raise ValueError("pooling.share needs pooling.factors, such as [2, 4]")
 

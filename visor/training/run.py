@@ -213,6 +213,7 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
         "pad_id": processor.tokenizer.pad_token_id or 0,
         "hint_weight": options.hint_weight,
         "facts_weight": options.facts_weight,
+        "written_share": recipe.pooling.written_share if options.facts_weight else 0.0,
     }
     if recipe.stage == "m3":
         objective = NestedPooling(recipe.pooling.sides, recipe.pooling.at_once, **common)
@@ -220,10 +221,10 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
         config = packed.visor.config
         subsets = config.configurations if recipe.stage == "universal" else [config.self_layers]
         objective = VisorObjective(
-            tuple(tuple(subset) for subset in subsets),
-            recipe.configuration_weights,
-            recipe.pooling.factors,
-            recipe.pooling.share,
+            configurations=tuple(tuple(subset) for subset in subsets),
+            weights=recipe.configuration_weights,
+            factors=recipe.pooling.factors,
+            pooled_share=recipe.pooling.share,
             looks_weight=options.looks_weight,
             **common,
         )

@@ -94,3 +94,34 @@ def test_written_words_join_the_loss_and_are_learned_by_visor_and_by_m3(batch_of
         one.answers.loss_sum.backward()
         optimizer.step()
     assert one.facts["written"] == [True] * 4
+
+
+@pytest.mark.parametrize("rival", [False, True])
+def test_a_share_of_the_steps_asks_for_words_alone_and_moves_no_decoder(batch_of, rival):
+    model = make_llava()
+    packed = PackedModel(model if rival else convert(model, self_layers=[1, 3], cross_layers=[0, 2, 4]))
+    packed.read_written(20)
+    batch = batch_of(packed)
+    how = {"facts_weight": 2.0, "written_share": 0.5, "seed": 3}
+    objective = NestedPooling((6, 3), **how) if rival else VisorObjective(((),), factors=(2, 4), **how)
+    alone = [step for step in range(60) if objective.is_on_words_alone(step)]
+    assert 15 < len(alone) < 45 and all(objective.num_passes(step) == 1 for step in alone)
+    (one,) = objective.passes(packed, batch, packed.image_features(batch), alone[0])
+    one.answers.loss_sum.backward()
+    assert one.name == "words" and one.answers.right == [[], []] and set(one.facts) == {"written"}
+    moved = {name for name, p in packed.model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("projector" in name for name in moved) and not any("language_model" in name for name in moved)
+    asked = next(step for step in range(60) if step not in alone)
+    assert all(one.answers.right[0] for one in objective.passes(packed, batch, packed.image_features(batch), asked))
+    assert not any(replace(objective, written_share=0.0).is_on_words_alone(step) for step in range(60))
+
+
+def test_a_batch_without_words_moves_nothing(batch_of):
+    packed = PackedModel(convert(make_llava(), self_layers=[1, 3], cross_layers=[0, 2, 4]))
+    packed.read_written(20)
+    batch = batch_of(packed)
+    batch = replace(batch, rows=tuple(replace(row, written=()) for row in batch.rows))
+    objective = VisorObjective(((),), factors=(2,), facts_weight=1.0, written_share=1.0)
+    (one,) = objective.passes(packed, batch, packed.image_features(batch), 0)
+    one.answers.loss_sum.backward()
+    assert one.facts == {} and not any(p.grad is not None and p.grad.any() for p in packed.model.parameters())
