@@ -54,9 +54,8 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         visual_BVD = self.with_positions(visual_BVD)
         split = lambda x: x.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         if all(map(_is_plain, (self.visual_norm, self.k_proj, self.v_proj))):
-            keys, values = self._normed_product(visual_BVD, torch.cat([self.k_proj.weight, self.v_proj.weight])).chunk(
-                2, dim=-1
-            )
+            weight = torch.cat([self.k_proj.weight, self.v_proj.weight])  # one product for both
+            keys, values = self._normed_product(visual_BVD, weight).chunk(2, dim=-1)
             return split(keys), split(values)
         visual_BVD = self.visual_norm(visual_BVD)
         return split(self.k_proj(visual_BVD)), split(self.v_proj(visual_BVD))
@@ -68,7 +67,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         own would write all of them twice more, which takes longer than the thin product.
         """
         norm, kind = self.visual_norm, torch.promote_types(visual_BVD.dtype, torch.float32)
-        if visual_BVD.dtype == torch.float16:  # products of tokens that are not normed may exceed its range
+        if _product_dtype(visual_BVD) == torch.float16:  # tokens that are not normed may exceed its range
             return F.linear(norm(visual_BVD), weight_KD)
         length_BV1 = torch.linalg.vector_norm(visual_BVD, dim=-1, keepdim=True, dtype=kind)
         scale_BV1 = (length_BV1.square() / visual_BVD.shape[-1] + norm.eps).rsqrt()
@@ -80,17 +79,19 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
 
         As a 2D convolution of a channels-last image one pixel wide, the tokens are read as they lie in memory; a 1D
         convolution would transpose them twice, which takes several times as long as the convolution itself. To add x
-        is to add one to the middle of the kernel.
+        is to add one to the middle of the kernel, where the kernel is precise enough to hold both.
         """
         conv = self.position_conv
         if not _is_plain(conv):
             return visual_BVD + conv(visual_BVD.transpose(1, 2)).transpose(1, 2)
+        middle, kernel = conv.padding[0], conv.weight
+        is_precise = _product_dtype(visual_BVD).itemsize >= 4
+        if is_precise:
+            kernel = kernel + F.pad(kernel.new_ones(1), (middle, middle))
         pixels_BDV1 = visual_BVD[:, :, None].permute(0, 3, 1, 2)
-        middle = conv.padding[0]
-        itself_K = F.one_hot(torch.tensor(middle, device=conv.weight.device), 2 * middle + 1)
-        kernel = (conv.weight + itself_K)[..., None]
-        encoded_BDV1 = F.conv2d(pixels_BDV1, kernel, conv.bias, padding=(middle, 0), groups=conv.groups)
-        return encoded_BDV1[..., 0].transpose(1, 2)
+        encoded_BDV1 = F.conv2d(pixels_BDV1, kernel[..., None], conv.bias, padding=(middle, 0), groups=conv.groups)
+        encoded_BVD = encoded_BDV1[..., 0].transpose(1, 2)
+        return encoded_BVD if is_precise else visual_BVD + encoded_BVD
 
     def attend(self, text_BTD: Tensor, keys: Tensor, values: Tensor, valid_BV: Tensor | None) -> Tensor:
         """What the text reads: [B, T, D]."""
@@ -119,6 +120,11 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         if active_B is not None:
             read_BTD = read_BTD.where(active_B[:, None, None], 0.0)
         return text_BTD + read_BTD, (keys, values)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _is_plain(module: nn.Module) -> bool:
