@@ -124,7 +124,8 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" knows no autocast
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
 def _is_plain(module: nn.Module) -> bool:
