@@ -313,5 +313,7 @@ class PromptStreams:
         normed_BMD = norm(stream.hidden_BND)
         if index_BM is None:
             return normed_BMD
+        if stream.valid_BN is not None:  # padded slots point at tokens that are not here, which are zero
+            normed_BMD = normed_BMD.where(stream.valid_BN[..., None], 0.0)
         everywhere_BPD = normed_BMD.new_zeros(normed_BMD.shape[0], prompt_length, normed_BMD.shape[-1])
-        return put(everywhere_BPD, index_BM, stream.valid_BN, normed_BMD)
+        return everywhere_BPD.scatter_(1, index_BM[..., None].expand_as(normed_BMD), normed_BMD)
