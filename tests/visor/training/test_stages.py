@@ -138,7 +138,7 @@ def test_published_models_have_a_card_and_load(visor_run, tmp_path, base_folder)
 
 
 def test_m3_is_the_base_trained_over_scales(base_folder, tmp_path):
-    changes = {"m3": [*QUICK, WORLDS, "pooling={sides: [6, 3, 1]}"]}
+    changes = {"m3": [*QUICK, WORLDS, *PLAIN, "pooling={sides: [6, 3, 1]}"]}
     document = run_chain("m3", base_folder, tmp_path, changes=changes)
     model, _ = load_model(document["model"])
     assert model.config.model_type == "llava" and model.config.m3_sides == [6, 3, 1]
