@@ -418,7 +418,7 @@ class Training:
                     total[name] += values
             self.skipped.add(skipped)
         self.skipped.check(self.step * self.optimisation.batch_size)
-        mean = lambda values: {name: round(float(np.mean(v)), 3) for name, v in sorted(values.items())}
+        mean = lambda values: {name: round(float(np.mean(v)), 3) for name, v in sorted(values.items()) if v}
         row = {
             "step": self.step,
             "seconds": round(self.seconds, 1),
