@@ -26,7 +26,7 @@ from visor.training.batch import Batch
 from visor.training.data import BadRow, Skipped, Stream
 from visor.training.encoding import Encoder, Row
 from visor.training.forward import Answers, Features, PackedModel, answers_of
-from visor.training.optimise import Processes
+from visor.training.processes import Processes
 
 SCORES = ("exact", "likelihood")
 Subset = tuple[int, ...]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 
 import numpy as np
@@ -13,7 +14,27 @@ from visor.reduction.pooling_by import PoolingBy
 from visor.training.averaging import averaged, averaged_rows
 from visor.training.batch import Batch
 from visor.training.forward import Answers, Features, PackedModel, answers_of
-from visor.training.optimise import Objective, Pass
+
+
+@dataclass
+class Pass:
+    """One forward pass of a step: what ran, for the log, what came out, and which facts were right, by reader."""
+
+    name: str
+    answers: Answers
+    facts: dict[str, list[bool]] = field(default_factory=dict)
+
+
+class Objective(ABC):
+    """What is minimised: one or several passes over a batch, which count equally."""
+
+    @abstractmethod
+    def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
+        """The passes of a step, each ready for its backward before the next one runs."""
+
+    @abstractmethod
+    def num_passes(self, step: int) -> int:
+        """How many they are."""
 
 
 def check_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:

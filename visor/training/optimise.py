@@ -8,173 +8,26 @@ accumulation over micro-batches changes nothing either.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time
-from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from visor.training.batch import Batch
-from visor.training.data import BadRow, Skipped, Stream
+from visor.training.data import BadRow, Stream
 from visor.training.encoding import Encoder, Row
-from visor.training.forward import Answers, Features, PackedModel
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": None}
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """How a stage is optimised. Rate: linear warm-up, constant, linear decay to a tenth over the last `decay` share.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: examples a step, over all processes.
-        micro_batch: examples a process runs at once; the rest of its share accumulates.
-        peak_rate, warmup, decay: see above; `warmup` in steps.
-        clip: largest gradient norm.
-        weight_decay: of AdamW, on matrices (the paper: none).
-        precision: "bf16" (autocast, float32 weights) or "fp32".
-        ema: decay of an exponential moving average of the weights, which then is what the stage yields; 0 is off.
-        hint_weight: weight of the hints in the loss (`visor.training.encoding`).
-        facts_weight: weight of a fact in the loss (`visor.training.refined`, `asked`, `written`); 0 reads none.
-        looks_weight: weight of a look in the loss (`visor.training.looks`); 0 watches none.
-        seed: of data order and random choices.
-        workers: processes that read and encode data ahead; 0 reads in the training process.
-        log_every: steps between log lines.
-        save_every: seconds between checkpoints.
-        max_skipped: share of unusable rows at which the run stops.
-    """
-
-    steps: int
-    batch_size: int = 16
-    micro_batch: int = 16
-    peak_rate: float = 5e-4
-    warmup: int = 100
-    decay: float = 0.3
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    precision: str = "bf16"
-    ema: float = 0.0
-    hint_weight: float = 0.0
-    facts_weight: float = 0.0
-    looks_weight: float = 0.0
-    seed: int = 0
-    workers: int = 0
-    log_every: int = 20
-    save_every: float = 110.0
-    max_skipped: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "warmup", "log_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("peak_rate", "clip", "save_every"):
-            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
-        for name in ("decay", "ema", "max_skipped"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        start_decay = self.steps * (1 - self.decay)
-        done = max(0.0, step - start_decay) / max(1.0, self.steps - start_decay)
-        return self.peak_rate * min(1.0, (step + 1) / self.warmup) * max(0.1, 1 - 0.9 * done)
-
-
-@dataclass
-class Pass:
-    """One forward pass of a step: what ran, for the log, what came out, and which facts were right, by reader."""
-
-    name: str
-    answers: Answers
-    facts: dict[str, list[bool]] = field(default_factory=dict)
-
-
-class Objective(ABC):
-    """What is minimised: one or several passes over a batch, which count equally."""
-
-    @abstractmethod
-    def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
-        """The passes of a step, each ready for its backward before the next one runs."""
-
-    @abstractmethod
-    def num_passes(self, step: int) -> int:
-        """How many they are."""
-
-
-class Processes:
-    """The processes that train together, through Accelerate.
-
-    Raises:
-        ValueError: accelerate is not installed.
-    """
-
-    def __init__(self, precision: str = "fp32") -> None:
-        try:
-            from accelerate import Accelerator
-        except ImportError as error:
-            raise ValueError("training needs a package: pip install accelerate") from error
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
-        self.dtype = PRECISIONS[precision]
-
-    def autocast(self) -> Any:
-        """bf16 matrix products, where the precision asks for them."""
-        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-
-    def share(self, items: Sequence) -> list:
-        """This process's items: every `size`-th."""
-        return list(items[self.rank :: self.size])
-
-    def sum_(self, flat: Tensor) -> Tensor:
-        """The sum over the processes, on each."""
-        return flat if self.size == 1 else self.accelerator.reduce(flat, "sum")
-
-    def gather(self, items: list) -> list:
-        """Items of all processes, process by process."""
-        if self.size == 1:
-            return items
-        from accelerate.utils import gather_object
-
-        return gather_object(items)
-
-    def wait(self) -> None:
-        """Until all are here."""
-        self.accelerator.wait_for_everyone()
-
-
-@dataclass
-class Tally:
-    """What happened since the last log line."""
-
-    loss_sum: float = 0.0
-    num_tokens: int = 0
-    right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
-    passes: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def note(self, one: Pass, batch: Batch) -> None:
-        """Take in the answers of a pass."""
-        for row, right in zip(batch.rows, one.answers.right, strict=True):
-            self.passes[one.name] += right
-            for kind, ok in zip(row.kinds if right else (), right, strict=True):
-                self.right[kind].append(ok)
-        for reader, right in one.facts.items():
-            self.passes[f"{one.name} {reader}"] += right
+from visor.training.forward import PackedModel
+from visor.training.objectives import Objective
+from visor.training.optimisation import Optimisation
+from visor.training.parts import freeze_all_but, readers_of
+from visor.training.processes import Processes
+from visor.training.training_log import Tally, TrainingLog
 
 
 class StepData(torch.utils.data.Dataset):
@@ -242,11 +95,10 @@ class Training:
             fused=processes.device.type in ("cpu", "cuda"),  # 7 ms instead of 22 for 6.5 M parameters on one core
         )
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if optimisation.ema else {}
-        self.skipped = Skipped(folder / "skipped.jsonl", optimisation.max_skipped)
+        self.log = TrainingLog(folder, optimisation, processes, tensorboard)
         self.data = StepData(stream, encoder, optimisation, processes.rank, processes.size)
         self.pad_id = encoder.tokenizer.pad_token_id or 0
         self.step, self.seconds = 0, 0.0
-        self.writer = _writer(folder) if tensorboard and processes.is_main else None
         self._resume()
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -286,15 +138,8 @@ class Training:
         torch.set_rng_state(state["random"]["torch"].cpu())
         self.step, self.seconds = state["step"], state["seconds"]
         if self.processes.is_main:
-            self._forget_lines_after(self.step)
+            self.log.forget_after(self.step)
             print(f"{self.folder.name}: resumed at step {self.step}", flush=True)
-
-    def _forget_lines_after(self, step: int) -> None:
-        """Take log lines of steps that will be repeated out of the log."""
-        path = self.folder / "log.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-            path.write_text("".join(lines))
 
     @torch.no_grad()
     def adopt_average(self) -> None:
@@ -327,13 +172,12 @@ class Training:
             now = time.monotonic()
             self.seconds = now - started
             if self.step % options.log_every == 0 or self.step == last:
-                self._log(tally, steps_since, now - logged)
+                self.log.add(tally, self.step, steps_since, now - logged, self.seconds)
                 tally, steps_since, logged = Tally(), 0, now
             if main and (now - saved >= options.save_every or self.step == last):
                 self.save()
                 saved = now
-        if self.writer is not None:
-            self.writer.flush()
+        self.log.flush()
         self.processes.wait()
 
     def _seed(self) -> None:
@@ -405,94 +249,6 @@ class Training:
             torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
         return loss_sum, batch.num_answer_tokens
 
-    # --- log ----------------------------------------------------------------------------------------------------------
-
-    def _log(self, tally: Tally, steps: int, seconds: float) -> None:
-        gathered = self.processes.gather([(dict(tally.right), dict(tally.passes), tally.skipped)])
-        if not self.processes.is_main:
-            return
-        right, passes = defaultdict(list), defaultdict(list)
-        for part_right, part_passes, skipped in gathered:
-            for total, part in ((right, part_right), (passes, part_passes)):
-                for name, values in part.items():
-                    total[name] += values
-            self.skipped.add(skipped)
-        self.skipped.check(self.step * self.optimisation.batch_size)
-        mean = lambda values: {name: round(float(np.mean(v)), 3) for name, v in sorted(values.items()) if v}
-        row = {
-            "step": self.step,
-            "seconds": round(self.seconds, 1),
-            "scenes_per_second": round(steps * self.optimisation.batch_size / max(seconds, 1e-9), 2),
-            "eta_seconds": round((self.optimisation.steps - self.step) * seconds / max(1, steps)),
-            "rate": self.optimisation.rate(self.step - 1),
-            "loss": round(tally.loss_sum / max(1, tally.num_tokens), 4),
-            "accuracy": mean(right),
-            "passes": mean(passes),
-            "skipped": len(self.skipped.reasons),
-        }
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        accuracy = " ".join(f"{name}={value:.2f}" for name, value in {**row["accuracy"], **row["passes"]}.items())
-        print(
-            f"{self.folder.name} {self.step}/{self.optimisation.steps} {row['seconds']:.0f}s eta {row['eta_seconds']}s "
-            f"{row['scenes_per_second']}/s loss {row['loss']:.3f} | {accuracy}"
-            + (f" | skipped {row['skipped']}: {self.skipped.summary(1)}" if row["skipped"] else ""),
-            flush=True,
-        )
-        if self.writer is not None:
-            for name in ("loss", "rate", "scenes_per_second", "skipped"):
-                self.writer.add_scalar(name, row[name], self.step)
-            for group in ("accuracy", "passes"):
-                for name, value in row[group].items():
-                    self.writer.add_scalar(f"{group}/{name}", value, self.step)
-
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("a TensorBoard log needs a package: pip install tensorboard") from error
-    return SummaryWriter(folder / "tensorboard")
-
-
-def parts_of(packed: PackedModel) -> dict[str, list[nn.Module]]:
-    """The parts of a model that a recipe may train, by name."""
-    decoder, adapter = packed.decoder, packed.adapter
-    parts = {
-        "tower": [adapter.tower],
-        "projector": [adapter.projector],
-        "decoder": [decoder.layers, decoder.norm, decoder.embed_tokens, packed.base.get_output_embeddings()],
-    }
-    if hasattr(decoder, "cross_blocks"):
-        parts["cross"] = [decoder.cross_blocks]
-    return parts
-
-
-def freeze_all_but(packed: PackedModel, trainable: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Let gradients flow to the named parts only; their parameters by name.
-
-    Raises:
-        ValueError: no such part.
-    """
-    parts = parts_of(packed)
-    if not trainable or (unknown := [name for name in trainable if name not in parts]):
-        raise ValueError(f"train must name parts of {', '.join(parts)}; got {list(trainable)}" + (
-            f", of which {unknown} do not exist here" if trainable and unknown else ""))  # fmt: skip
-    packed.model.requires_grad_(False)
-    for name in trainable:
-        for module in parts[name]:
-            module.requires_grad_(True)
-    found = {name: p for name, p in packed.model.named_parameters() if p.requires_grad}
-    for prefix, reader in readers_of(packed).items():
-        found |= {f"{prefix}.{name}": p for name, p in reader.named_parameters()}
-    return found
-
-
-def readers_of(packed: PackedModel) -> dict[str, nn.Module]:
-    """What reads facts off the hidden states and is trained beside the model, by name."""
-    readers = {"facts": packed.facts, "asked": packed.asked, "written": packed.written}
-    return {name: reader for name, reader in readers.items() if reader is not None}

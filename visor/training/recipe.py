@@ -20,7 +20,7 @@ import yaml
 
 from budgets.registry import nearest_first
 from visor.training.fit_router import RouterFit
-from visor.training.optimise import Optimisation
+from visor.training.optimisation import Optimisation
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 STAGES = ("blocks", "everything", "search", "universal", "labels", "router", "m3")

@@ -146,7 +146,7 @@ def run_stage(
     from visor.training.attention import use_float32_attention
     from visor.training.explore import write_json
     from visor.training.forward import PackedModel
-    from visor.training.optimise import Processes
+    from visor.training.processes import Processes
 
     done = out / "done.json"
     precision = recipe.optimisation.precision if recipe.stage in TRAINED else recipe.exploration.precision
@@ -187,7 +187,7 @@ def run_stage(
 
 def _encoder(recipe: Recipe, packed: Any, processor: Any) -> Any:
     from visor.training.encoding import Encoder
-    from visor.training.optimise import readers_of
+    from visor.training.parts import readers_of
 
     adapter, options = packed.adapter, recipe.encoding
     return Encoder(
@@ -259,7 +259,7 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
         "seconds": round(training.seconds),
         "peak_rate": options.peak_rate,
         "trained": list(recipe.train),
-        "skipped": len(training.skipped.reasons),
+        "skipped": len(training.log.skipped.reasons),
     }
 
 

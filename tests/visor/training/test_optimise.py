@@ -13,7 +13,10 @@ from visor.training.data import LlavaSource, Stream
 from visor.training.encoding import Encoder
 from visor.training.forward import PackedModel
 from visor.training.objectives import NestedPooling, VisorObjective
-from visor.training.optimise import Optimisation, Processes, Training, freeze_all_but
+from visor.training.optimisation import Optimisation
+from visor.training.optimise import Training
+from visor.training.parts import freeze_all_but
+from visor.training.processes import Processes
 
 QUICK = {
     "steps": 4,
@@ -206,7 +209,7 @@ def test_tensorboard_log(llava_data, tmp_path):
     pytest.importorskip("tensorboard")
     one = training(llava_data, tmp_path, steps=1, tensorboard=True)
     one.run()
-    one.writer.close()
+    one.log.writer.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"scenes_per_second" in content and b"accuracy/odd" in content and b"passes/side 3" in content
