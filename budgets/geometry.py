@@ -128,6 +128,7 @@ class ModelGeometry:
         cross_kernel: taps of VISOR's depth-wise convolution over the visual keys.
         dtype_bytes: bytes of one cached key or value element.
         visor: layers and configurations of a trained VISOR model; None for any other.
+        trained_sides: of the token grids that an M3 model was trained on; empty for any other.
     """
 
     name: str
@@ -143,6 +144,7 @@ class ModelGeometry:
     cross_kernel: int = 7
     dtype_bytes: int = 2
     visor: VisorGeometry | None = None
+    trained_sides: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -345,6 +347,7 @@ def from_config(config: Any, name: str | None = None) -> ModelGeometry:
     return ModelGeometry(
         name or family or "model", layers, width, mlp, heads, kv_heads or heads, head_dim or width // heads, vocabulary,
         vision, dtype_bytes=_DTYPE_BYTES.get(dtype.removeprefix("torch."), 2),
+        trained_sides=tuple(config.get("m3_sides") or ()),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -85,6 +86,14 @@ def test_visor_reads_before_it_reworks():
     assert schedule.visual_tokens == (144,) * 12
     named = METHODS.get("visor")(self_layers="", cross_layers="2,5").schedule(TINY, 9)
     assert (named.layers_in(LayerMode.SELF), named.layers_in(LayerMode.CROSS)) == ((), (2, 5))
+
+
+def test_m3_runs_on_the_sides_that_its_model_was_trained_on():
+    trained = replace(TINY, trained_sides=(12, 6, 4, 1))
+    assert [each.side for each in METHODS.get("m3")().settings(trained, 144)] == [1, 4, 6, 12]
+    assert len(METHODS.get("m3")().settings(TINY, 144)) == 12  # to price, any
+    with pytest.raises(ValueError, match="M3: .* was trained on grids of the sides 1, 4, 6, 12, not 5"):
+        METHODS.get("m3")(side=5).schedule(trained, 144)
 
 
 @pytest.mark.parametrize("name", ["fastv", "pyramiddrop", *BY_COUNT, *BY_SIDE])

@@ -97,14 +97,26 @@ class Pooling(Method):
 @METHODS.register("m3")
 @dataclass(frozen=True)
 class M3(Pooling):
-    """Option: as of average pooling. Runs on models trained over several sides: their config names them in
-    `m3_sides`."""
+    """Option: as of average pooling. Runs on models trained over several sides, and on those sides only: the model's
+    config names them in `m3_sides`."""
 
     name: ClassVar[str] = "m3"
     title: ClassVar[str] = "M3"
     paper: ClassVar[str] = "Cai et al., Matryoshka Multimodal Models, ICLR 2025"
     trained: ClassVar[bool] = True
     needs_config: ClassVar[str | None] = "m3_sides"
+
+    def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
+        if geometry.trained_sides and self.side not in geometry.trained_sides:
+            sides = ", ".join(map(str, sorted(geometry.trained_sides)))
+            raise ValueError(
+                f"{self.title}: {geometry.name} was trained on grids of the sides {sides}, not {self.side}"
+            )
+        return super().schedule(geometry, num_visual)
+
+    def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[Pooling]:
+        trained = sorted(side for side in geometry.trained_sides if side <= self.full_side(geometry, num_visual))
+        return [replace(self, side=side) for side in trained] or super().settings(geometry, num_visual)
 
 
 def pool_packed(features_NE: torch.Tensor, places_N3: torch.Tensor, keep: int) -> torch.Tensor:

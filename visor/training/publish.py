@@ -2,7 +2,7 @@
 
     python -m visor.training.publish --run runs/visor-tiny --model runs/visor-tiny/router/model \
         --out visor/checkpoints/visor-tiny
-    python -m evaluations.run --suite all --models visor-tiny --methods visor --out runs/card
+    python -m evaluations.run --suite all --methods visor --policies router --out runs/card
     python -m visor.training.publish --out visor/checkpoints/visor-tiny --results runs/card/results.json
 
 The first command writes the model with a card that has no accuracy yet, the last one rewrites the card.
@@ -97,6 +97,11 @@ def card(folder: Path, results: Path | None) -> str:
         )
         use = '`model.generate(**inputs, configuration=0)`, `budget=0.2`, or `policy="router"`.'
         title, command = "visor", "--methods visor --policies router"
+        data = (
+            "The training splits of its base's worlds, from other seeds; search on validation splits, labels of the "
+            "router on scenes\nthat no stage has trained on (of the finite sets: validation splits). Test splits share "
+            "no seed, scan or image with any\nof them."
+        )
     else:
         what = (
             f"The trained rival of VISOR: `{facts['base']}` fine-tuned with nested average pooling (M3, Matryoshka "
@@ -104,7 +109,11 @@ def card(folder: Path, results: Path | None) -> str:
         )
         use = "As any LLaVA; `--methods m3` of `evaluations.run` pools its visual tokens."
         title, command = "m3", "--methods m3"
-    others = "\n".join(f"* {text}" for one in facts["stages"] if (text := _remark(one)))
+        data = (
+            "The training splits of its base's worlds, from other seeds. Test splits share no seed, scan or image with "
+            "them."
+        )
+    others = "".join(f"* {text}\n" for one in facts["stages"] if (text := _remark(one)))
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -119,17 +128,14 @@ trained: true
 on a laptop, and knows nothing but the seven small worlds of its base (see that card for what they are).
 
 ## Data
-The training splits of its base's worlds, from other seeds; search on validation splits, labels of the router on scenes
-that no stage has trained on (of the finite sets: validation splits). Test splits share no seed, scan or image with any
-of them.
+{data}
 
 ## Recipe
 `python -m visor.training.chain --target {title}`; {facts["hardware"]} CPU, bfloat16 autocast with float32 attention.
 
 {recipe}{chr(10).join(rows)}
 
-{others}
-{facts.get("history", "")}
+{others}{facts.get("history", "")}
 ## Accuracy
 {_accuracy(results, command)}
 
