@@ -1,15 +1,16 @@
 """Averaged token grids in training: what VISOR-TR and M3 put before the decoder, for a whole batch.
 
 The prompt shrinks with the grid, without a gap. What visual tokens should know, and where text should look, moves to
-the windows that hold the patches; where two patches of one window hold different facts of a kind, neither is asked for.
+the windows that hold the patches; where two patches of one window hold different facts of a kind, each is asked for by
+the part of the window that it holds in.
 
 Shapes: B rows, N visual tokens of an image, D width.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from visor.training.batch import Batch
 from visor.training.encoding import Look, Row
+from visor.training.reading import slot_in
 from visor.training.refined import Features
 
 
@@ -64,17 +66,26 @@ def _averaged_row(row: Row, shape: tuple[int, int]) -> Row:
     (rows, columns), full = shape, isqrt(row.num_visual)
     window = lambda patch: patch // full * rows // full * columns + patch % full * columns // full
     first = len(row.prefix) - row.num_visual  # the image tokens end the prefix
-    facts = {(first + window(place - first), slot, word) for place, slot, word in row.facts}
-    words = Counter((place, slot) for place, slot, _ in facts)
     half = lambda patch: 2 * (2 * (patch // full) * rows // full % 2) + 2 * (patch % full) * columns // full % 2
     parts = {(first + window(place - first), half(place - first), word) for place, word in row.written}
+    facts: dict[tuple[int, int], dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for place, slot, word in row.facts:
+        facts[first + window(place - first), slot][half(place - first)].add(word)
     looks = [Look(look.place, tuple(sorted({*map(window, look.patches)})), look.is_answer) for look in row.looks]
     return replace(
         row,
         prefix=row.prefix[: first + rows * columns],
         num_visual=rows * columns,
-        facts=tuple(sorted(fact for fact in facts if words[fact[:2]] == 1)),
+        facts=tuple(sorted(fact for (place, slot), by_part in facts.items() for fact in _told(place, slot, by_part))),
         looks=tuple(looks),
         written=(),
         parts=tuple(sorted(parts)),
     )
+
+
+def _told(place: int, slot: int, words_by_part: Mapping[int, set[int]]) -> list[tuple[int, int, int]]:
+    """What a window should know in a slot: one word, or where its patches disagree, one in each part that agrees."""
+    words = set().union(*words_by_part.values())
+    if len(words) == 1:
+        return [(place, slot, *words)]
+    return [(place, slot_in(part, slot), *words) for part, words in words_by_part.items() if len(words) == 1]

@@ -55,9 +55,17 @@ class PackedModel:
             raise ValueError(f"packed training needs a kernel that takes block masks (sdpa), the model uses {kernel!r}")
 
     def read_facts(self, vocabulary: int) -> None:
-        """From now on, read facts off visual tokens and off the text that reads them, as a side loss."""
+        """From now on, read facts off visual tokens as a side loss.
+
+        VISOR: behind every SELF slot that a CROSS layer follows, and off the text that reads them there. A base model:
+        behind its lower half; in the upper one text does the reading.
+        """
+        if self.visor is None:
+            self.facts = RefinedFacts(self.decoder, range(self.num_layers // 2), vocabulary)
+            return
         config = self.visor.config
-        self.facts = RefinedFacts(self.decoder, config.cross_layers, config.self_layers, vocabulary)
+        read = [layer for layer in config.self_layers if layer < max(config.cross_layers, default=0)]
+        self.facts = RefinedFacts(self.decoder, read, vocabulary)
         self.asked = AskedFacts(self.decoder, config.cross_layers, vocabulary)
 
     def read_written(self, vocabulary: int) -> None:

@@ -59,7 +59,8 @@ class _Averaging(Objective):
 
     Args:
         seed: of all draws.
-        facts_weight: of a word in a window, beside an answer token.
+        facts_weight: of a word in a window (`written`), or a fact that a visual token should hold
+            (`visor.training.refined`), beside an answer token.
         written_share: share of the steps that ask for nothing but these words. Such a step runs no decoder.
     """
 
@@ -216,4 +217,8 @@ class NestedPooling(_Averaging):
             written = self.written(packed, batch, features, finest)
             smaller, some = averaged(batch, features, _square(side), self.pad_id)
             answers = answers_of(packed.logits(smaller, some, None), smaller, self.hint_weight)
-            yield self.with_aids(f"side {side}", answers, [("written", self.facts_weight, written)])
+            aids = [("written", self.facts_weight, written)]
+            if packed.facts is not None:
+                found = packed.facts.loss_sum(smaller.rows, some, range(packed.num_layers))
+                aids.append(("facts", self.facts_weight, found))
+            yield self.with_aids(f"side {side}", answers, aids)

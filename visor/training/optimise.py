@@ -125,7 +125,8 @@ class Training:
         if not self._state_path.exists():
             return
         state = torch.load(self._state_path, map_location="cpu", weights_only=True)
-        if set(state["parameters"]) != set(self.parameters) or bool(state["average"]) != bool(self.average):
+        sizes = lambda parameters: {name: tuple(p.shape) for name, p in parameters.items()}
+        if sizes(state["parameters"]) != sizes(self.parameters) or bool(state["average"]) != bool(self.average):
             raise ValueError(
                 f"{self._state_path} is of a run that trained other parts; delete the folder to start anew, or repeat "
                 "the recipe that began it"

@@ -11,6 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visor.synthetic.world import SLOTS
+
+PARTS = 4  # of an averaged window: its halves by rows, and each by columns
+NUM_SLOTS = len(SLOTS) * (1 + PARTS)
+
+
+def slot_in(part: int, slot: int) -> int:
+    """The slot for a fact that holds in one part of a window; smaller ones are for what holds in all of it."""
+    return len(SLOTS) * (1 + part) + slot
+
 
 class WordReader(nn.Module):
     """A linear reading of normed hidden states, one word of the vocabulary for each slot.
@@ -34,11 +44,16 @@ class WordReader(nn.Module):
         Args:
             readings: hidden states [N, D], one for each fact, each time it is read.
         """
-        index_N, total, right = torch.arange(len(slot_N), device=slot_N.device), 0.0, []
+        total, right_N = 0.0, torch.empty(0, dtype=torch.bool)
+        # Slot by slot: the words of all slots for every fact would be many times the work.
+        order_N, (slots, counts) = slot_N.argsort(), slot_N.unique(return_counts=True)
+        weights, biases = (x.unflatten(0, (self.num_slots, -1)) for x in self.classifier.parameters())
         with torch.autocast(slot_N.device.type, enabled=False):
             for hidden_ND in readings:
-                logits_NSW = self.classifier(self.norm(hidden_ND.float())).unflatten(-1, (self.num_slots, -1))
-                logits_NW = logits_NSW[index_N, slot_N]
-                total = total + F.cross_entropy(logits_NW, word_N, reduction="sum")
-                right = (logits_NW.detach().argmax(-1) == word_N).tolist()
-        return total / len(readings), right
+                groups = self.norm(hidden_ND.float())[order_N].split(counts.tolist())
+                logits_NW = torch.cat(
+                    [F.linear(x, weights[s], biases[s]) for x, s in zip(groups, slots.tolist(), strict=True)]
+                )
+                total = total + F.cross_entropy(logits_NW, word_N[order_N], reduction="sum")
+                right_N = (logits_NW.detach().argmax(-1) == word_N[order_N])[order_N.argsort()]
+        return total / len(readings), right_N.tolist()

@@ -14,28 +14,25 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from visor.synthetic.world import SLOTS
 from visor.training.encoding import Row
-from visor.training.reading import WordReader
+from visor.training.reading import NUM_SLOTS, WordReader
 
 Features = tuple[Tensor, ...]
 """Projected features [N, D] of one image, and what DeepStack adds to them, a tensor a level."""
 
 
 class RefinedFacts(WordReader):
-    """Reads facts off the visual tokens as they enter, and after every SELF layer that a CROSS layer follows.
+    """Reads facts off the visual tokens as they enter, and behind layers that rework them.
 
     Args:
         decoder: whose layers are watched.
-        cross_layers, self_layers: of the VISOR model.
+        layers: behind which facts are read.
         vocabulary: number of words to tell apart.
     """
 
-    def __init__(
-        self, decoder: nn.Module, cross_layers: Sequence[int], self_layers: Sequence[int], vocabulary: int
-    ) -> None:
-        super().__init__(decoder.config.hidden_size, len(SLOTS), vocabulary)
-        self._watched = [layer for layer in self_layers if layer < max(cross_layers, default=0)]
+    def __init__(self, decoder: nn.Module, layers: Sequence[int], vocabulary: int) -> None:
+        super().__init__(decoder.config.hidden_size, NUM_SLOTS, vocabulary)
+        self._watched = list(layers)
         self._seen: dict[int, Tensor] = {}
         for layer in self._watched:
             decoder.layers[layer].register_forward_hook(lambda _, __, output, at=layer: self._see(at, output))

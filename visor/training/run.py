@@ -232,8 +232,7 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
             packed.watch_looks()
     if options.facts_weight:
         torch.manual_seed(recipe.seed)
-        if recipe.stage != "m3":
-            packed.read_facts(len(processor.tokenizer))
+        packed.read_facts(len(processor.tokenizer))
         if recipe.pooling.factors or recipe.pooling.sides:
             packed.read_written(len(processor.tokenizer))
     training = Training(

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from visor.training.encoding import Row
-from visor.training.reading import WordReader
+from visor.training.reading import PARTS, WordReader
 from visor.training.refined import Features
-
-PARTS = 4  # of a window: its halves by rows, and each by columns
 
 
 class WrittenWords(WordReader):

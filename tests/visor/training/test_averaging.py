@@ -16,10 +16,11 @@ from visor.training.data import Example
 from visor.training.encoding import Encoder, Look
 from visor.training.forward import PackedModel
 from visor.training.objectives import VisorObjective
+from visor.training.reading import slot_in
 from visor.vision import VisionFeatures
 
 CROSS_LAYERS, SELF_LAYERS, CONFIGURATIONS = [0, 2, 4], [1, 3], [[], [1, 3]]
-BY_2 = lambda side: PoolingBy(2).shape(side, side)
+BY_2, BY_4 = (lambda side, by=by: PoolingBy(by).shape(side, side) for by in (2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,9 @@ def test_training_on_an_averaged_grid_computes_what_a_model_with_that_reduction_
     assert len(logits_AW) == 0
 
 
-def test_facts_and_looks_move_to_their_windows_and_facts_that_disagree_are_not_asked(packed, batch):
+def test_facts_and_looks_move_to_their_windows_and_facts_that_disagree_to_parts_of_them(packed, batch):
     first = len(batch.rows[0].prefix) - 36
-    facts = [(0, 2, 7), (1, 3, 8), (6, 2, 9), (7, 2, 5), (35, 2, 7), (34, 2, 7)]  # patch, slot, word
+    facts = [(0, 2, 7), (1, 3, 8), (6, 2, 9), (7, 2, 5), (7, 3, 8), (35, 2, 7), (34, 2, 7)]  # patch, slot, word
     row = replace(
         batch.rows[0],
         facts=tuple((first + patch, slot, word) for patch, slot, word in facts),
@@ -91,7 +92,13 @@ def test_facts_and_looks_move_to_their_windows_and_facts_that_disagree_are_not_a
     with torch.no_grad():
         features = packed.image_features(batch)
     smaller = averaged(replace(batch, rows=(row, batch.rows[1])), features, BY_2, 0)[0].rows[0]
-    assert [(place - first, slot, word) for place, slot, word in smaller.facts] == [(0, 2, 7), (0, 3, 8), (17, 2, 7)]
+    left, right = slot_in(0, 2), slot_in(1, 2)
+    expected = [(0, 2, 7), (0, 3, 8), (3, 3, 8), (3, left, 9), (3, right, 5), (17, 2, 7)]
+    assert [(place - first, slot, word) for place, slot, word in smaller.facts] == expected
+    quarter = averaged(replace(batch, rows=(row, batch.rows[1])), features, BY_4, 0)[0].rows[0]
+    # Patches 0 and 1 are above 6 and 7.
+    expected = [(3, 8), (slot_in(0, 2), 7), (slot_in(2, 2), 9), (slot_in(3, 2), 5)]
+    assert [fact[1:] for fact in quarter.facts if fact[0] == first] == expected
     assert smaller.asked == row.asked
     assert smaller.looks == (Look(1, (0, 6), False), Look(2, (17,), True))
 

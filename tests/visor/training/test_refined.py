@@ -14,7 +14,8 @@ from visor.training.batch import Batch
 from visor.training.data import BadRow, Example, WorldSource
 from visor.training.encoding import Encoder
 from visor.training.forward import PackedModel
-from visor.training.objectives import VisorObjective
+from visor.training.objectives import NestedPooling, VisorObjective
+from visor.training.reading import NUM_SLOTS
 from visor.training.symbolic import PatchWords
 from visor.training.vocabulary import build_processor
 
@@ -56,7 +57,7 @@ def reading():
     encoder = Encoder(make_processor(), packed.adapter.image_token_ids)
     rows = [encoder.encode(Example(f"r{i}", make_image(i), ((("what 1?", "1"),),), ("k",))) for i in range(2)]
     first = len(rows[0].prefix) - rows[0].num_visual
-    rows[1] = replace(rows[1], facts=((first, 2, 7), (first + 3, 5, 11)))
+    rows[1] = replace(rows[1], facts=((first, 5, 11), (first + 3, 2, 7)))  # not by slot
     batch = Batch.of(rows, 0)
     return packed, batch, packed.image_features(batch)
 
@@ -75,7 +76,7 @@ def test_the_input_and_layers_that_ran_before_the_last_cross_layer_are_read(read
     for layer in [None, *read]:
         for place, slot, word in batch.rows[1].facts:
             hidden_D = features[1][0][place - first] if layer is None else layers[layer][0][1, place]
-            logits_SW = packed.facts.classifier(packed.facts.norm(hidden_D)).view(len(SLOTS), 20)
+            logits_SW = packed.facts.classifier(packed.facts.norm(hidden_D)).view(NUM_SLOTS, 20)
             expected -= logits_SW[slot].log_softmax(-1)[word]
     assert len(right) == 2 and loss.item() == pytest.approx(expected.item() / (1 + len(read)), rel=1e-5)
     assert packed.facts.loss_sum(batch.rows[:1], features[:1], subset) == (None, [])
@@ -96,3 +97,21 @@ def test_facts_join_the_loss_and_are_learned(reading):
         one.answers.loss_sum.backward()
         optimizer.step()
     assert one.facts == {"facts": [True, True]}
+
+
+def test_the_rival_is_taught_them_too(reading):
+    _, batch, _ = reading
+    packed = PackedModel(make_llava())
+    packed.read_facts(20)
+    packed.facts.train()
+    features = packed.image_features(batch)
+    objective = NestedPooling((6,), facts_weight=2.0)
+    (one,), (plain,) = (
+        list(each.passes(packed, batch, features, 0)) for each in (objective, replace(objective, facts_weight=0.0))
+    )
+    logits = packed.logits(batch, features, None)
+    facts, right = packed.facts.loss_sum(batch.rows, features, range(packed.num_layers))
+    assert len(logits) and one.facts == {"facts": right} and packed.asked is None
+    assert one.answers.loss_sum.item() == pytest.approx(plain.answers.loss_sum.item() + 2 * facts.item(), rel=1e-5)
+    read = [i for i in range(packed.num_layers) if packed.decoder.layers[i]._forward_hooks]
+    assert read == list(range(packed.num_layers // 2))  # above them, text reads
