@@ -93,7 +93,7 @@ class Setting:
 
     @property
     def dial(self) -> str:
-        """What tells settings of one method apart, for a reader: "25 %", "SELF 4, 7", "router policy"."""
+        """What tells settings of one method apart, for a reader: "25 %", "1 SELF, layer 4", "router policy"."""
         if self.policy == "fixed" and self.configurations and self.value is not None:
             return configuration_name(self.configurations[int(self.value)])
         if self.policy in ("router", "cascade") and self.value is not None:
@@ -113,8 +113,10 @@ class Setting:
 
 
 def configuration_name(self_layers: str) -> str:
-    """ "4,7" to "SELF 4, 7"."""
-    return f"SELF {self_layers.replace(',', ', ')}" if self_layers else "no SELF layer"
+    """ "4,7" to "2 SELF, layers 4, 7"; "" to "0 SELF"."""
+    layers = self_layers.split(",") if self_layers else []
+    where = f", layer{'s' * (len(layers) > 1)} {', '.join(layers)}" if layers else ""
+    return f"{len(layers)} SELF{where}"
 
 
 @dataclass(frozen=True)

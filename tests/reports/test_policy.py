@@ -23,7 +23,8 @@ def section(analysis):
 
 def test_settings_say_what_they_are(analysis):
     labels = {s.id: s.label for s in analysis.run.settings}
-    assert labels["visor:fixed(0)"] == "VISOR (no SELF layer)" and labels["visor:fixed(2)"] == "VISOR (SELF 4, 8)"
+    assert labels["visor:fixed(0)"] == "VISOR (0 SELF)" and labels["visor:fixed(1)"] == "VISOR (1 SELF, layer 4)"
+    assert labels["visor:fixed(2)"] == "VISOR (2 SELF, layers 4, 8)"
     assert labels["visor:router(0.1)"] == "VISOR router, lambda = 0.1" and labels["visor@0.5"] == "VISOR at 50 %"
     order = [s.id for s in analysis.run.settings]
     assert order[:4] == ["dense", "visor:fixed(0)", "visor:fixed(1)", "visor:fixed(2)"] and order[-1] == "visor:oracle"
