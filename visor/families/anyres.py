@@ -8,6 +8,7 @@ the same two functions for that arithmetic; the subclass names the module.
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from torch import Tensor
 from visor.families.base import FamilyAdapter
 
 
-class AnyresAdapter(FamilyAdapter):
+class AnyresAdapter(FamilyAdapter, ABC):
     """`...ForConditionalGeneration` whose inner model has `image_newline` and `pack_image_features`."""
 
     image_fields: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
@@ -29,9 +30,9 @@ class AnyresAdapter(FamilyAdapter):
         return sys.modules[type(self.inner).__module__]
 
     @property
+    @abstractmethod
     def pack_options(self) -> dict[str, Any]:
         """What this family's `pack_image_features` wants beside the features."""
-        raise NotImplementedError
 
     def tiles(self, pixel_inputs: Mapping[str, Tensor]) -> Tensor:
         """Base crop and tiles of one image; those that the processor added to fill its batch are cut off."""

@@ -11,6 +11,7 @@ width, E any width, H heads, d head width.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,20 +43,20 @@ class EncodedImage:
     grid: tuple[int, int] | None
 
 
-class MergingAdapter(FamilyAdapter):
+class MergingAdapter(FamilyAdapter, ABC):
     """Adds to the adapter how an image is encoded and read."""
 
     merges_patches: ClassVar[bool] = True
     packs_tiles: ClassVar[bool] = True
 
     @property
+    @abstractmethod
     def merge(self) -> int:
         """Patches along the side of a visual token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_image(self, pixel_inputs: Mapping[str, Tensor], taps: Collection[str]) -> EncodedImage:
         """One image through tower and projector."""
-        raise NotImplementedError
 
 
 class TileMergingAdapter(MergingAdapter):
@@ -82,9 +83,9 @@ class TileMergingAdapter(MergingAdapter):
         """The modules of a block whose outputs [T, P, H d] are its queries "q" and keys "k"."""
         return {"q": block.self_attn.q_proj, "k": block.self_attn.k_proj}
 
+    @abstractmethod
     def count_tiles(self, processor: Any, image: Image) -> int:
         """How many tiles the processor makes of an image."""
-        raise NotImplementedError
 
     def describe_images(self, processor: Any, images: Sequence[Image]) -> dict[str, Tensor]:
         """The processor puts the tiles of all images of a prompt into one row and does not say whose they are."""
@@ -108,9 +109,9 @@ class TileMergingAdapter(MergingAdapter):
         }
         return [{name: piece[i] for name, piece in pieces.items()} for i in range(num_images)]
 
+    @abstractmethod
     def feature_arguments(self, pixel_inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Arguments of `get_image_features` for one image."""
-        raise NotImplementedError
 
     def tile_layout(self, pixel_inputs: Mapping[str, Tensor]) -> tuple[int, tuple[int, int]]:
         """The whole image comes last; of the others the number is known, and rows and columns follow from its shape.

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 PRECISIONS = ("bf16", "fp32")
 
 
+def rate_at(step: int, steps: int, peak_rate: float, warmup: int, decay: float) -> float:
+    """Learning rate: linear warm-up, constant, linear decay to a tenth over the last `decay` share of the steps."""
+    start_decay = steps * (1 - decay)
+    done = max(0.0, step - start_decay) / max(1.0, steps - start_decay)
+    return peak_rate * min(1.0, (step + 1) / warmup) * max(0.1, 1 - 0.9 * done)
+
+
 @dataclass(frozen=True)
 class Optimisation:
     """How a stage is optimised. Rate: linear warm-up, constant, linear decay to a tenth over the last `decay` share.
@@ -65,6 +72,4 @@ class Optimisation:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        start_decay = self.steps * (1 - self.decay)
-        done = max(0.0, step - start_decay) / max(1.0, self.steps - start_decay)
-        return self.peak_rate * min(1.0, (step + 1) / self.warmup) * max(0.1, 1 - 0.9 * done)
+        return rate_at(step, self.steps, self.peak_rate, self.warmup, self.decay)

@@ -48,7 +48,8 @@ class WordReader(nn.Module):
         # Slot by slot: the words of all slots for every fact would be many times the work.
         order_N, (slots, counts) = slot_N.argsort(), slot_N.unique(return_counts=True)
         # One unbind: the backward of an index fills a gradient as large as all slots.
-        weights, biases = (x.unflatten(0, (self.num_slots, -1)).unbind() for x in self.classifier.parameters())
+        by_slot = lambda x: x.unflatten(0, (self.num_slots, -1)).unbind()
+        weights, biases = by_slot(self.classifier.weight), by_slot(self.classifier.bias)
         with torch.autocast(slot_N.device.type, enabled=False):
             for hidden_ND in readings:
                 groups = self.norm(hidden_ND.float())[order_N].split(counts.tolist())

@@ -21,6 +21,7 @@ from torch import nn
 from visor.synthetic.world import Scene
 from visor.synthetic.worlds import scene
 from visor.training.curriculum import Curriculum
+from visor.training.optimisation import rate_at
 from visor.training.parallel import Group
 
 
@@ -39,10 +40,7 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        start_decay = self.steps * (1 - self.decay)
-        done = max(0.0, step - start_decay) / max(1.0, self.steps - start_decay)
-        tail = max(0.1, 1 - 0.9 * done)
-        return self.peak_rate * min(1.0, (step + 1) / self.warmup) * tail
+        return rate_at(step, self.steps, self.peak_rate, self.warmup, self.decay)
 
 
 @dataclass
