@@ -108,7 +108,7 @@ def card(folder: Path, results: Path | None) -> str:
             f"Multimodal Models, arXiv 2405.17430) over token grids of the sides {config['m3_sides']}."
         )
         use = "As any LLaVA; `--methods m3` of `evaluations.run` pools its visual tokens."
-        title, command = "m3", "--methods m3"
+        title, command = "m3", "--methods m3 --budgets 1,0.3,0.16,0.12,0.09"
         data = (
             "The training splits of its base's worlds, from other seeds. Test splits share no seed, scan or image with "
             "them."
