@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isqrt
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -114,6 +115,7 @@ class VisorObjective(_Averaging):
             equally often.
         factors: of pooling to draw from (`visor.reduction.pooling_by`), beside the full token grid.
         pooled_share: share of the steps that run on one of the `factors`.
+        factor_weights: how often each of the `factors` is drawn, as `weights` says it of the configurations.
         facts_weight: of a fact that a refined visual token should hold, beside an answer token
             (`visor.training.refined`), or a word of a question (`asked`), and of a word in an averaged window
             (`written`).
@@ -124,19 +126,12 @@ class VisorObjective(_Averaging):
     weights: tuple[float, ...] = ()
     factors: tuple[int, ...] = ()
     pooled_share: float = 0.0
+    factor_weights: tuple[float, ...] = ()
     looks_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if any(not weight >= 0 for weight in self.weights) or (self.weights and not sum(self._weights)):
-            raise ValueError(
-                f"configuration_weights must not be negative, nor all zero, got {list(self.weights)} for "
-                f"{len(self.configurations)} configurations"
-            )
-
-    @property
-    def _weights(self) -> tuple[float, ...]:
-        missing = len(self.configurations) - len(self.weights)
-        return (*self.weights, *self.weights[-1:] * missing)[: len(self.configurations)]
+        _shares("configuration_weights", self.weights, len(self.configurations), "configurations")
+        _shares("pooling.weights", self.factor_weights, len(self.factors), "factors")
 
     def num_passes(self, step: int) -> int:
         return 1
@@ -144,13 +139,9 @@ class VisorObjective(_Averaging):
     def draw(self, step: int) -> tuple[tuple[int, ...], int | None]:
         """The configuration and the factor of a step (None is the full grid); equal on all processes."""
         rng = np.random.default_rng([self.seed, step, 11])
-        if self.weights:
-            shares = np.divide(self._weights, sum(self._weights))
-            chosen = self.configurations[int(rng.choice(len(self.configurations), p=shares))]
-        else:
-            chosen = self.configurations[int(rng.integers(len(self.configurations)))]
+        chosen = _drawn(rng, self.configurations, self.weights)
         reduce = bool(self.factors) and rng.random() < self.pooled_share
-        return chosen, self.factors[int(rng.integers(len(self.factors)))] if reduce else None
+        return chosen, _drawn(rng, self.factors, self.factor_weights) if reduce else None
 
     def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
         subset, factor = self.draw(step)
@@ -169,6 +160,21 @@ class VisorObjective(_Averaging):
         if packed.looks is not None:
             aids.append(("looks", self.looks_weight, packed.looks.loss_sum(batch.rows)))
         yield self.with_aids(name, answers, aids)
+
+
+def _shares(name: str, weights: Sequence[float], number: int, of: str) -> list[float]:
+    """What `weights` give each of `number` things; the last weight holds for all that follow, none is equally often."""
+    held = [*weights, *weights[-1:] * (number - len(weights))][:number] if weights else [1.0] * number
+    if any(not weight >= 0 for weight in weights) or (weights and not sum(held)):
+        raise ValueError(f"{name} must not be negative, nor all zero, got {list(weights)} for {number} {of}")
+    return [weight / sum(held) for weight in held]
+
+
+def _drawn(rng: np.random.Generator, things: Sequence[Any], weights: Sequence[float]) -> Any:
+    """One of them. Without weights by `integers`, as runs drew that are to be resumed."""
+    if not weights:
+        return things[int(rng.integers(len(things)))]
+    return things[int(rng.choice(len(things), p=_shares("weights", weights, len(things), "things")))]
 
 
 def _square(side: int) -> Callable[[int], tuple[int, int]]:

@@ -65,6 +65,7 @@ class Pooling:
     Args:
         factors: VISOR: how many times fewer tokens (`visor.reduction.pooling_by`).
         share: VISOR: share of the steps on one of the `factors`.
+        weights: VISOR: how often each of the `factors` is drawn, beside the others; empty is equally often.
         sides: M3: of the grids that are its scales.
         at_once: M3: scales a step, drawn at random; None is all.
         written_share: share of the steps that ask for nothing but words in windows (`visor.training.written`).
@@ -72,6 +73,7 @@ class Pooling:
 
     factors: tuple[int, ...] = ()
     share: float = 0.0
+    weights: tuple[float, ...] = ()
     sides: tuple[int, ...] = ()
     at_once: int | None = None
     written_share: float = 0.0

@@ -225,6 +225,7 @@ def _train(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
             weights=recipe.configuration_weights,
             factors=recipe.pooling.factors,
             pooled_share=recipe.pooling.share,
+            factor_weights=recipe.pooling.weights,
             looks_weight=options.looks_weight,
             **common,
         )

@@ -246,6 +246,14 @@ def test_configurations_are_drawn_by_weight_and_the_last_weight_holds_on(weights
     assert [drawn.count(one) / 2000 for one in configurations] == pytest.approx(shares, abs=0.04)
 
 
+def test_factors_of_pooling_are_drawn_by_weight():
+    objective = VisorObjective(((),), factors=(2, 4), pooled_share=0.5, factor_weights=(3, 1), seed=4)
+    drawn = [objective.draw(step)[1] for step in range(2000)]
+    assert [drawn.count(one) / 2000 for one in (None, 2, 4)] == pytest.approx((0.5, 0.375, 0.125), abs=0.04)
+    with pytest.raises(ValueError, match="pooling.weights must not be negative, nor all zero.*for 2 factors"):
+        VisorObjective(((),), factors=(2, 4), factor_weights=(0, 0))
+
+
 @pytest.mark.parametrize("weights", [(0, 0, 0, 1), (1, -1)])
 def test_weights_that_are_none_are_refused(weights):
     with pytest.raises(ValueError, match="configuration_weights must not be negative, nor all zero.*3 configurations"):
