@@ -64,18 +64,29 @@ def test_dense_tiny_has_learned_to_look():
     assert right > wrong_image + 0.2 * total, (right, wrong_image, total)
 
 
+def share_right(name, method, world):
+    """Of the questions behind eight images, how many a shipped model answers rightly under a method."""
+    loaded, right = LoadedModel.load(name), []
+    for index in range(8):
+        one = scene(world, "test", index)
+        for question in one.questions:
+            prepared = [loaded.prepare(one.image, question.text)]
+            schedule = method.schedule(loaded.geometry, prepared[0].num_visual)
+            (answer,) = loaded.generate(prepared, loaded.encode(prepared), [schedule], 4)
+            right.append(answer.text == question.answer)
+    return sum(right) / len(right)
+
+
 def test_m3_tiny_reads_averaged_grids_that_its_base_cannot():
     """36 of 144 tokens, a quarter of the FLOPs: the same grids, on weights with and without training for them."""
-    right = {}
-    for name, method in (("m3-tiny", "m3"), ("dense-tiny", "pooling")):
-        loaded = LoadedModel.load(name)
-        answers = []
-        for index in range(8):
-            one = scene("charts", "test", index)
-            for question in one.questions:
-                prepared = [loaded.prepare(one.image, question.text)]
-                schedule = METHODS.get(method)(side=6).schedule(loaded.geometry, prepared[0].num_visual)
-                (answer,) = loaded.generate(prepared, loaded.encode(prepared), [schedule], 4)
-                answers.append(answer.text == question.answer)
-        right[name] = sum(answers) / len(answers)
-    assert right["m3-tiny"] > right["dense-tiny"] + 0.2, right
+    trained = share_right("m3-tiny", METHODS.get("m3")(side=6), "charts")
+    assert trained > share_right("dense-tiny", METHODS.get("pooling")(side=6), "charts") + 0.2
+
+
+def test_visor_tiny_reads_small_text_off_half_the_tokens():
+    """VISOR-TR at 2x: one token for two characters, on weights that were trained for it, and those that were not."""
+    full, half = (
+        share_right("visor-tiny", METHODS.get(name)(self_layers=2), "glyphs") for name in ("visor", "visor_tr2")
+    )
+    assert half > 0.8 and half > full - 0.15, (full, half)
+    assert half > share_right("dense-tiny", METHODS.get("pooling_by")(factor=2), "glyphs") + 0.4
