@@ -11,7 +11,10 @@ from torch import Tensor
 from visor.streams import take
 from visor.vision import ReducedFeatures, VisionFeatures
 
-__all__ = ["chosen", "cosines", "kept_mask", "ranked", "take"]
+__all__ = ["chosen", "cosines", "first_equal", "kept_mask", "ranked", "take"]
+
+ROUNDING = 1e-6
+"""What another batch or another processor may change in a product of unit vectors in fp32, and more."""
 
 
 def ranked(scores_BN: Tensor) -> Tensor:
@@ -33,6 +36,19 @@ def chosen(vision: VisionFeatures, index_BK: Tensor) -> ReducedFeatures:
 
 
 def cosines(features_BNE: Tensor) -> Tensor:
-    """Cosine of every token to every other, in fp32, where half precision would tie: [B, N, N]."""
+    """Cosine of every token to every other, in fp32, where half precision would tie: [B, N, N]. To itself it is 1."""
     unit_BNE = torch.nn.functional.normalize(features_BNE.float(), dim=-1)
-    return unit_BNE @ unit_BNE.transpose(1, 2)
+    cosine_BNN = unit_BNE @ unit_BNE.transpose(1, 2)
+    cosine_BNN.diagonal(dim1=1, dim2=2).round_()
+    return cosine_BNN
+
+
+def first_equal(products_BNN: Tensor) -> Tensor:
+    """Of each token the first that is the same vector, by the products of all with all; else itself: [B, N].
+
+    Equal tokens are common: separators of tiles, plain background. Their products differ by rounding, so a rule that
+    takes one token after the other must be told which of them comes first. Vectors a and b are the same if
+    |a - b|^2 = aa + bb - 2 ab is at most `ROUNDING` (aa + bb).
+    """
+    half_BN = products_BNN.diagonal(dim1=1, dim2=2) * (1 - ROUNDING) / 2
+    return (products_BNN >= half_BN[:, :, None] + half_BN[:, None]).byte().argmax(2)

@@ -6,7 +6,8 @@ tower that belongs to the vision tower (as the negated mean CLIP similarity); th
 families ship without one, so relevance is an option, and every record's parameters say which it was:
 "text-embeddings", the mean cosine to the embeddings of the prompt's text as they enter the decoder (template included),
 or "none", rel = 1. Output in the order of the image. A token of which the chosen ones leave less than `SPANNED` of its
-squared length counts as that much: beyond the kernel's rank relevance decides, not rounding.
+squared length counts as that much: beyond the kernel's rank relevance decides, not rounding. Of equals
+the earlier comes first.
 
 Shapes: B samples, N visual tokens, T kept ones, W text tokens, D decoder width.
 """
@@ -96,11 +97,16 @@ def greedy_map(kernel_BNN: torch.Tensor, num_kept: int) -> torch.Tensor:
     """Indices [B, T] that greedily maximise the determinant of the kernel's principal minor (Chen et al., 2018)."""
     import torch
 
+    from visor.reduction._tokens import first_equal
+
     batch, num_tokens, _ = kernel_BNN.shape
     rows_B = torch.arange(batch, device=kernel_BNN.device)
     factor_BTN = kernel_BNN.new_zeros(batch, num_kept, num_tokens)
     gain_BN = kernel_BNN.diagonal(dim1=1, dim2=2).clamp(min=1e-12)  # what each would multiply the determinant by
-    least_BN = gain_BN * SPANNED
+    first_BN = first_equal(kernel_BNN)
+    least_BN = (gain_BN * SPANNED).gather(1, first_BN)
+    is_first_BN = first_BN == torch.arange(num_tokens, device=first_BN.device)
+    gain_BN = torch.where(is_first_BN, gain_BN, least_BN)  # behind its equal a token adds nothing
     picks = []
     for step in range(num_kept):
         pick_B = gain_BN.argmax(1)

@@ -52,22 +52,26 @@ class DivPrune(Method):
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         from visor.reduction._tokens import chosen, cosines
 
-        return chosen(vision, farthest(1 - cosines(vision.features_BND), keep))
+        return chosen(vision, farthest(cosines(vision.features_BND), keep))
 
 
-def farthest(distance_BNN: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """Indices [B, T] by greedy max-min, in the order in which they are chosen."""
+def farthest(cosine_BNN: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """Indices [B, T] by greedy max-min of 1 - cosine, in the order in which they are chosen."""
     import torch
 
-    batch, num_tokens, _ = distance_BNN.shape
-    rows_B = torch.arange(batch, device=distance_BNN.device)
-    itself_NN = torch.eye(num_tokens, dtype=torch.bool, device=distance_BNN.device)
+    from visor.reduction._tokens import first_equal
+
+    batch, num_tokens, _ = cosine_BNN.shape
+    index_N = torch.arange(num_tokens, device=cosine_BNN.device)
+    rows_B, itself_NN = torch.arange(batch, device=cosine_BNN.device), index_N[:, None] == index_N
+    first_BN = first_equal(cosine_BNN)
+    distance_BNN = (1 - cosine_BNN).masked_fill(first_BN[:, :, None] == first_BN[:, None], 0)
     nearest_BN = distance_BNN.masked_fill(itself_NN, torch.inf).amin(-1)
     if num_tokens == 1:
         return torch.zeros((batch, 1), dtype=torch.long, device=distance_BNN.device)
     picks = [nearest_BN.argmax(1)]
     distance_BNN = distance_BNN.masked_fill(itself_NN, -torch.inf)  # a token that is chosen is never the farthest again
-    nearest_BN = distance_BNN[rows_B, picks[0]]
+    nearest_BN = distance_BNN[rows_B, picks[0]].masked_fill(first_BN != index_N, 0)  # its equal comes before it
     for _ in range(num_kept - 1):
         picks.append(nearest_BN.argmax(1))
         nearest_BN = torch.minimum(nearest_BN, distance_BNN[rows_B, picks[-1]])
