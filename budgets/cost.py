@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from budgets.conventions import CONVENTIONS, check_convention, price_by_formula
 from budgets.costs import DECODER_PARTS, PARTS, price
-from budgets.geometry import ModelGeometry, load, names
+from budgets.geometry import ModelGeometry
 from budgets.match import fit
+from budgets.presets import load, names
 from budgets.registry import METHODS, UnknownNameError, nearest_first
 from budgets.roofline import device, device_names, floors
 from budgets.schedule import dense

@@ -13,8 +13,9 @@ import sys
 from typing import Any
 
 from budgets.costs import price
-from budgets.geometry import ModelGeometry, load
+from budgets.geometry import ModelGeometry
 from budgets.match import fit
+from budgets.presets import load
 from budgets.registry import METHODS
 from budgets.schedule import dense
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from budgets.costs import price
-from budgets.geometry import ModelGeometry, load
+from budgets.geometry import ModelGeometry
+from budgets.presets import load
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Schedule, dense
 from evaluations.arguments import integers

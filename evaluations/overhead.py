@@ -22,7 +22,8 @@ from typing import Any
 
 from budgets import overhead
 from budgets.costs import price
-from budgets.geometry import ModelGeometry, load
+from budgets.geometry import ModelGeometry
+from budgets.presets import load
 from budgets.registry import METHODS
 from budgets.schedule import Schedule, dense
 from evaluations.arguments import names

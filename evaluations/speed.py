@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from budgets.costs import price
-from budgets.geometry import ModelGeometry, load
+from budgets.geometry import ModelGeometry
+from budgets.presets import load
 from budgets.roofline import DEVICES, Floor, device, floors, layer_weights, tower_weights
 from budgets.schedule import LayerMode, dense
 from evaluations.arguments import integers

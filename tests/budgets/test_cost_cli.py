@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from budgets.cost import main
-from budgets.geometry import PRESETS
+from budgets.presets import PRESETS
 
 ISSUE = ["--model", "llava-1.5-7b", "--method", "fastv", "--set", "layer=2", "--set", "drop=0.5",
          "--visual-tokens", "576", "--text-tokens", "36"]  # fmt: skip

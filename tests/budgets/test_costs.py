@@ -6,7 +6,8 @@ import transformers as hf
 from transformers import AutoModelForImageTextToText
 
 from budgets.costs import price, projector_flops, tower_flops
-from budgets.geometry import from_config, preset
+from budgets.geometry import from_config
+from budgets.presets import preset
 from budgets.schedule import LayerMode, LayerOp, Reduction, Schedule, dense
 
 TINY = ["tiny-llava", "tiny-llava-qwen2", "tiny-llava-full", "tiny-onevision", "tiny-smolvlm", "tiny-qwen2.5-vl",

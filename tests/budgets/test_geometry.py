@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from budgets.geometry import PRESETS, TEXT_DEFAULTS, VISION_DEFAULTS, from_config, load, preset
+from budgets.geometry import TEXT_DEFAULTS, VISION_DEFAULTS, from_config
+from budgets.presets import PRESETS, load, preset
 from budgets.registry import UnknownNameError
 
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from budgets.geometry import ModelGeometry, VisionGeometry, preset
+from budgets.geometry import ModelGeometry, VisionGeometry
 from budgets.match import BudgetError, fit, relative_cost
+from budgets.presets import preset
 from budgets.registry import METHODS
 
 REDUCERS = ["fastv", "pyramiddrop", "visionzip", "pooling", "downsample", "random", "visor", "sparsevlm",

@@ -3,8 +3,8 @@
 import json
 from dataclasses import replace
 
-from budgets.geometry import preset
 from budgets.overhead import LARGE, main, rows
+from budgets.presets import preset
 from budgets.registry import METHODS
 
 

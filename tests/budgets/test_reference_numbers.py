@@ -7,7 +7,7 @@ import pytest
 from budgets.conventions import layer_macs, macs_of_lengths, price_by_formula
 from budgets.cost import main
 from budgets.costs import price
-from budgets.geometry import preset
+from budgets.presets import preset
 from budgets.registry import METHODS
 from budgets.schedule import dense
 

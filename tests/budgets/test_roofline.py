@@ -7,7 +7,7 @@ import pytest
 
 from budgets.cost import main
 from budgets.costs import price
-from budgets.geometry import preset
+from budgets.presets import preset
 from budgets.registry import METHODS, UnknownNameError
 from budgets.roofline import DEVICES, Device, device, floors, layer_weights, measured_cpu
 from budgets.schedule import dense

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from budgets.costs import price
-from budgets.geometry import preset
+from budgets.presets import preset
 from budgets.registry import METHODS
 from budgets.schedule import dense
 

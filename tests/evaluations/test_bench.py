@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_speed import FEATURES, TEXT, TOWER
 
-from budgets.geometry import load
+from budgets.presets import load
 from evaluations import bench
 from evaluations.noise import Ratio
 

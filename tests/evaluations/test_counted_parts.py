@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from budgets.costs import PARTS, price
-from budgets.geometry import from_config, load
+from budgets.geometry import from_config
+from budgets.presets import load
 from budgets.registry import METHODS
 from evaluations.measure import cache_bytes
 from evaluations.random_model import RandomModel, build

@@ -11,16 +11,8 @@ from fakes import FakeModel, make_config
 from test_sweep import run
 
 from evaluations.cells import Planner, make_plan, plan_task
-from evaluations.measure import (
-    ResidentMemory,
-    TimingPass,
-    measure_memory,
-    resident_bytes,
-    synchroniser,
-    timed,
-    timing_samples,
-    weights_bytes,
-)
+from evaluations.measure import TimingPass, synchroniser, timed, timing_samples
+from evaluations.memory import ResidentMemory, measure_memory, resident_bytes, weights_bytes
 from evaluations.models import Models
 from evaluations.records import RunFolder
 from evaluations.suite import TimingPlan
@@ -139,7 +131,7 @@ def test_timed_gives_wall_and_processor_time():
 @pytest.mark.parametrize("can_reset", [True, False])
 def test_a_passing_allocation_shows_in_the_peak(monkeypatch, can_reset):
     if not can_reset:
-        monkeypatch.setattr("evaluations.measure._reset_high_water_mark", lambda: False)
+        monkeypatch.setattr("evaluations.memory._reset_high_water_mark", lambda: False)
     with ResidentMemory() as memory:
         block = np.ones(64 << 17)  # 64 MiB
         time.sleep(0.02)
@@ -152,7 +144,7 @@ def test_a_passing_allocation_shows_in_the_peak(monkeypatch, can_reset):
 
 def test_memory_that_cannot_be_measured_says_why(monkeypatch):
     assert measure_memory(lambda: None, "mps", 5).reason == "peak memory is not measured on mps"
-    monkeypatch.setattr("evaluations.measure.resident_bytes", lambda: None)
+    monkeypatch.setattr("evaluations.memory.resident_bytes", lambda: None)
     peak = measure_memory(lambda: None, "cpu", 5)
     assert peak.total_bytes is None and "does not tell" in peak.reason
 

@@ -7,7 +7,7 @@ import torch
 from test_speed import TEXT, TOWER
 
 from budgets import overhead as by_flops
-from budgets.geometry import load, preset
+from budgets.presets import load, preset
 from budgets.registry import METHODS
 from evaluations.overhead import Pass, configure, main, make_parser, settings, shares
 from evaluations.random_model import RandomModel

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from budgets.geometry import load, preset
+from budgets.presets import load, preset
 from budgets.registry import UnknownNameError
 from budgets.roofline import device, floors
 from evaluations.noise import Spread

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_reduction_features import features, row
 
-from budgets import geometry as geometries
+from budgets import presets
 from budgets.registry import METHODS
 from visor.reduction.cdpruner import greedy_map, text_relevance
 from visor.reduction.divprune import farthest
@@ -24,7 +24,7 @@ from visor.reduction.vispruner import thinned_out
 from visor.taps import grid_places, tile_places
 from visor.vision import VisionFeatures
 
-LLAVA = geometries.preset("llava-1.5-7b")
+LLAVA = presets.preset("llava-1.5-7b")
 
 
 def seeded(*shape, seed=0):

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budgets import geometry as geometries
+from budgets import presets
 from budgets.costs import price
 from budgets.match import fit
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, dense
 
-LLAVA = geometries.preset("llava-1.5-7b")
+LLAVA = presets.preset("llava-1.5-7b")
 TINY = geometries.ModelGeometry(
     "tiny", 12, 192, 512, 6, 3, 32, 200,
     vision=geometries.VisionGeometry(4, 192, 512, 6, 12, 144, projector=((192, 192), (192, 192))),
@@ -40,8 +41,8 @@ def test_the_methods_of_this_house_are_registered():
 
 def test_pricing_needs_no_torch():
     code = (
-        "import sys; from budgets.registry import METHODS; from budgets import geometry; "
-        "g = geometry.preset('llava-1.5-7b'); "
+        "import sys; from budgets.registry import METHODS; from budgets import presets; "
+        "g = presets.preset('llava-1.5-7b'); "
         "[METHODS.get(n)().scoring_flops(g, METHODS.get(n)().schedule(g, 576), 9) for n in METHODS.names()]; "
         "assert 'torch' not in sys.modules"
     )

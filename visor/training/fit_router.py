@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visor.router import RouterOutput
-from visor.training.explore import Labels, write_json
+from visor.training.explore import write_json
+from visor.training.labels import Labels
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def _search(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: A
 
 def _label(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: Any, **_: Any) -> dict[str, Any]:
     from visor.training.data import Stream
-    from visor.training.explore import run_labels
+    from visor.training.labels import run_labels
 
     options = recipe.exploration
     document = run_labels(
@@ -312,8 +312,8 @@ def _label(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
 def _route(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: Any, labels: Path | None, **_: Any):
     import torch
 
-    from visor.training.explore import Labels
     from visor.training.fit_router import fit
+    from visor.training.labels import Labels
 
     if labels is None:
         raise ValueError("the stage 'router' needs --labels: the folder of the stage 'labels'")

@@ -11,8 +11,9 @@ import torch
 from tiny_checkpoint import make_image
 
 from visor.training.chain import CHAINS, run_chain, scaled
-from visor.training.explore import Labels, macro_mean
+from visor.training.explore import macro_mean
 from visor.training.fit_router import RouterFit, fit, split
+from visor.training.labels import Labels
 from visor.training.publish import card
 from visor.training.recipe import RECIPES, load
 from visor.training.run import load_model, main, run_stage
