@@ -14,7 +14,7 @@ from visor.vision import ReducedFeatures, VisionFeatures
 __all__ = ["chosen", "cosines", "first_equal", "kept_mask", "ranked", "take"]
 
 ROUNDING = 1e-6
-"""What another batch or another processor may change in a product of unit vectors in fp32, and more."""
+"""More than another batch or another processor changes in a product of unit vectors in fp32 (some 1e-7)."""
 
 
 def ranked(scores_BN: Tensor) -> Tensor:
