@@ -22,7 +22,7 @@ from budgets.roofline import device, device_names, floors
 from budgets.schedule import dense
 
 if TYPE_CHECKING:
-    from visor.method import Method
+    from visor.reduction.method import Method
 
 
 def build_method(name: str, settings: list[str]) -> Method:

@@ -91,7 +91,7 @@ class VisionGeometry:
 
 @dataclass(frozen=True)
 class VisorGeometry:
-    """What a trained VISOR model can run (`visor.configuration.VisorConfig`).
+    """What a trained VISOR model can run (`visor.model.configuration.VisorConfig`).
 
     Args:
         cross_layers: layers with a cross-attention block.

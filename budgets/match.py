@@ -16,7 +16,7 @@ from budgets.geometry import ModelGeometry
 from budgets.schedule import dense
 
 if TYPE_CHECKING:
-    from visor.method import Method
+    from visor.reduction.method import Method
 
 
 class BudgetError(ValueError):

@@ -1,6 +1,6 @@
 """A schedule: what each decoder layer does, and how many visual tokens it does it to. Data only.
 
-Every efficiency method is such a schedule. The engine (`visor.decoder`) executes it, the accountant
+Every efficiency method is such a schedule. The engine (`visor.engine.decoder`) executes it, the accountant
 (`budgets.costs`) prices it. A schedule is made for one sample's number of visual tokens, so every count in it is an
 integer known before the forward pass.
 """

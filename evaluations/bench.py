@@ -130,7 +130,7 @@ class Engine:
         """Run a prompt; None is transformers' own forward. Returns the cache."""
         import torch
 
-        from visor.decoder import running
+        from visor.engine.decoder import running
 
         embeddings, visual = self.prompt(num_visual)
         with torch.inference_mode():
@@ -143,7 +143,7 @@ class Engine:
         """A few tokens after a prompt; the cache is left as it was."""
         import torch
 
-        from visor.decoder import running
+        from visor.engine.decoder import running
 
         weight = next(self.decoder.layers.parameters())
         token = torch.ones(1, 1, self.geometry.hidden_size, dtype=weight.dtype)
@@ -216,7 +216,7 @@ def bench_harness(model: str, limit: int, rounds: int) -> Measured:
     from evaluations.records import RunFolder
     from evaluations.suite import load_suite
     from evaluations.sweep import Sweep
-    from visor.inference import LoadedModel
+    from visor.inference.loaded_model import LoadedModel
 
     loaded = LoadedModel.load(model)
     models = Models(loaded)

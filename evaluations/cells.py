@@ -27,7 +27,7 @@ from evaluations.records import SCHEMA_VERSION, setting_id
 
 if TYPE_CHECKING:
     from evaluations.task import Sample, Task
-    from visor.method import Method
+    from visor.reduction.method import Method
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 VALIDATION = "@validation"  # ends the name of a task's validation split

@@ -10,8 +10,8 @@ from typing import Any
 from budgets.policies import POLICIES
 from budgets.registry import METHODS, TASKS, check_name
 from evaluations.suite import Suite, SuiteTask
-from visor import checkpoint
-from visor.loading import ATTENTIONS, DTYPES
+from visor.inference import checkpoint
+from visor.inference.loading import ATTENTIONS, DTYPES
 
 DEVICES = ("cpu", "cuda", "mps")
 COST_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)

@@ -22,8 +22,8 @@ from evaluations.noise import turns
 from evaluations.progress import Progress
 from evaluations.records import RunFolder, TimingRecord
 from evaluations.suite import TimingPlan
-from visor.method import tower_reduction
-from visor.stopwatch import ScoringClock, scoring_clock
+from visor.engine.stopwatch import ScoringClock, scoring_clock
+from visor.reduction.method import tower_reduction
 
 if TYPE_CHECKING:
     from evaluations.task import Sample
@@ -165,7 +165,7 @@ def run_once(
 
 def routing_request(cost_weight: float | None) -> Any:
     """What a VISOR model is asked for when its router is to choose."""
-    from visor.selection import Request
+    from visor.model.selection import Request
 
     return Request(policy="router", cost_weight=cost_weight)
 

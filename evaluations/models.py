@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from budgets.registry import METHODS, parts_of
-from visor.checkpoint import embedded_names
+from visor.inference.checkpoint import embedded_names
 
 if TYPE_CHECKING:
     from evaluations.config import RunConfig
-    from visor.method import Method
+    from visor.reduction.method import Method
 
 
 def checkpoint_for(method: str, config: RunConfig) -> str:
@@ -36,7 +36,7 @@ def checkpoint_for(method: str, config: RunConfig) -> str:
 
 @dataclass(frozen=True)
 class Models:
-    """Loaded checkpoints (`visor.inference.LoadedModel`).
+    """Loaded checkpoints (`visor.inference.loaded_model.LoadedModel`).
 
     Args:
         base: what dense and the training-free methods run on.

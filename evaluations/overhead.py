@@ -35,8 +35,8 @@ from evaluations.records import write_json_atomically
 from evaluations.run import OK, USAGE, say
 from evaluations.speed import SpeedConfig, SpeedSetting, why_not_measured
 from evaluations.suite import TimingPlan
-from visor.method import tower_reduction
-from visor.stopwatch import PLACES, ScoringClock, scoring_clock
+from visor.engine.stopwatch import PLACES, ScoringClock, scoring_clock
+from visor.reduction.method import tower_reduction
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Round:
 
     def _encode(self, schedule: Schedule) -> tuple[Any, float, Mapping[str, float]]:
         """Features, the tower's time, and what of it was scoring."""
-        from visor.encoder_side import taps_of
+        from visor.vision.encode import taps_of
 
         seen = taps_of([schedule]), schedule.image_scale, tower_reduction(schedule)
         if seen not in self._encoded:

@@ -98,7 +98,7 @@ def load_model(config: RunConfig) -> Any:
     Raises:
         ValueError: the device is not there, or the checkpoint cannot be used.
     """
-    from visor.inference import LoadedModel
+    from visor.inference.loaded_model import LoadedModel
 
     try:
         return LoadedModel.load(config.model, device=config.device, dtype=config.dtype, attention=config.attention)

@@ -23,7 +23,7 @@ from evaluations.models import Models, tower_key
 from evaluations.policies import derive_all, manifest_of
 from evaluations.progress import Progress
 from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, SampleRecord, pack_bits
-from visor.method import tower_reduction
+from visor.reduction.method import tower_reduction
 
 if TYPE_CHECKING:
     from budgets.schedule import Schedule

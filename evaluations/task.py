@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from PIL import Image
 
-from visor.synthetic.worlds import scene
+from visor.worlds.worlds import scene
 
 Kind = Literal["coarse", "fine-grained", "reasoning"]
 
@@ -102,7 +102,7 @@ class Task(ABC):
 
 
 class SyntheticTask(Task):
-    """A task over the test split of one of the worlds in `visor.synthetic`.
+    """A task over the test split of one of the worlds in `visor.worlds`.
 
     Class attributes:
         world: name of the world.

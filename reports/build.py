@@ -21,10 +21,10 @@ from matplotlib.markers import MarkerStyle
 
 from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, setting_id, write_bytes_atomically
 from reports import explorer, latex, results, speed, tables
+from reports.analyses import Look, load_looks
 from reports.comparisons import ALPHA, MARGIN, Analysis, analyse
 from reports.data import Run, load
 from reports.figures_compute import all_figures
-from reports.looks import Look, load_looks
 from reports.plotting import Drawing
 from reports.policy import PolicySection, sections
 from reports.published import PUBLISHED

@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from reports import plotting
+from reports.analyses import Look
 from reports.figures import WIDTH, layout
-from reports.looks import Look
 from reports.plotting import GRID, INK, MUTED, SURFACE, Drawing, plain
 from reports.style import PALETTE, css_name, method_style
 

@@ -12,12 +12,12 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from reports import plotting
+from reports.analyses import Look
 from reports.comparisons import Analysis, Group
 from reports.data import FLOPS_PARTS, Setting
 from reports.figures import WIDTH, layout, legend, pareto_figure, tasks_absolute, tasks_relative
 from reports.figures_analyses import layer_drop_figure, looking_figure
 from reports.figures_policy import policy_choices, policy_curve
-from reports.looks import Look
 from reports.plotting import INK, LEGEND_INCHES, SURFACE, Drawing, plain, series_id
 from reports.policy import PolicySection
 from reports.style import PALETTE, method_style

@@ -4,6 +4,6 @@ Importing this package is cheap; torch and transformers are imported by the modu
 models known to transformers' Auto classes.
 """
 
-from visor.registration import register
+from visor.model.registration import register
 
 register()

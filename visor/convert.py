@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from visor import checkpoint
-    from visor.conversion import convert
+    from visor.inference import checkpoint
+    from visor.model.conversion import convert
 
     folder = checkpoint.resolve(options.base)
     checkpoint.verify_weights(folder)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from budgets.registry import TASKS
 from evaluations.task import Kind, Sample, Task, image_id_of
-from visor.synthetic.easy_vqa import images_of_split, load
+from visor.worlds.easy_vqa import images_of_split, load
 
 
 @TASKS.register("easy_vqa")

@@ -11,9 +11,9 @@ from transformers import (
 from budgets.costs import price
 from budgets.geometry import from_config
 from budgets.registry import METHODS
-from visor.decoder import install, running
+from visor.engine.decoder import install, running
 from visor.families.base import adapter_for
-from visor.vision import VisionFeatures, run_tower
+from visor.vision.features import VisionFeatures, run_tower
 
 CLASSES = {
     "tiny-llava": LlavaForConditionalGeneration,

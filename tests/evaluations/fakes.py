@@ -87,7 +87,7 @@ def fake_tasks():
 
 
 class FakeModel:
-    """As `visor.inference.LoadedModel`, as far as the harness sees it."""
+    """As `visor.inference.loaded_model.LoadedModel`, as far as the harness sees it."""
 
     def __init__(self, seconds_per_call: float = 0.0, visor: VisorGeometry | None = None) -> None:
         self.geometry, self.checkpoint_sha256, self.dtype = GEOMETRY, "c0ffee", "torch.float32"

@@ -19,9 +19,9 @@ from budgets.presets import load
 from budgets.registry import METHODS
 from evaluations.measure import cache_bytes
 from evaluations.random_model import RandomModel, build
-from visor.encoder_side import taps_of
-from visor.method import tower_reduction
-from visor.stopwatch import scoring_clock
+from visor.engine.stopwatch import scoring_clock
+from visor.reduction.method import tower_reduction
+from visor.vision.encode import taps_of
 
 TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=100, model_type="qwen2")  # fmt: skip

@@ -16,7 +16,7 @@ from evaluations.memory import ResidentMemory, measure_memory, resident_bytes, w
 from evaluations.models import Models
 from evaluations.records import RunFolder
 from evaluations.suite import TimingPlan
-from visor.stopwatch import scoring
+from visor.engine.stopwatch import scoring
 
 pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 PLAN = TimingPlan(num_samples=2, throughput_batch=3, new_tokens=5, min_runs=4, min_seconds=0, max_runs=4)

@@ -208,7 +208,7 @@ def test_which_checkpoint_a_method_runs_on(tmp_path, monkeypatch):
     for shipped in ("dense-tiny", "m3-tiny", "visor-tiny"):
         (tmp_path / "shipped" / shipped).mkdir(parents=True)
         (tmp_path / "shipped" / shipped / "config.json").write_text("{}")
-    monkeypatch.setattr("visor.checkpoint.CHECKPOINTS", tmp_path / "shipped")
+    monkeypatch.setattr("visor.inference.checkpoint.CHECKPOINTS", tmp_path / "shipped")
     config = replace(make_config(tmp_path / "run"), model="dense-tiny")
     names = {m: checkpoint_for(m, config) for m in ("dense", "fastv", "visor", "visor+visionzip", "visor_tr2", "m3")}
     assert names == {"dense": "", "fastv": "", "visor": "visor-tiny", "visor+visionzip": "visor-tiny",

@@ -59,8 +59,8 @@ def test_the_guide_works_from_outside_the_tree(tmp_path):
 
 
 def test_the_guide_is_one_page_and_names_what_exists():
-    from visor.method import Method
-    from visor.vision import VisionFeatures
+    from visor.reduction.method import Method
+    from visor.vision.features import VisionFeatures
 
     text = GUIDE.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 100

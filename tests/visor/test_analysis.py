@@ -9,13 +9,13 @@ from tiny_models import ALL_FAMILIES as FAMILIES
 from tiny_models import make_model, make_prompt, single
 
 from budgets.schedule import LayerMode
-from visor import decoder
 from visor.analysis.attention import attention_mass
 from visor.analysis.cka import LayerSimilarity, cka, gram, hsic, similarity_to_first
 from visor.analysis.layer_drop import without_image_in
 from visor.analysis.observe import visual_places
-from visor.inference import LoadedModel
-from visor.prompt import PreparedSample
+from visor.engine import decoder
+from visor.inference.loaded_model import LoadedModel
+from visor.inference.prompt import PreparedSample
 
 
 def sample_of(family, attention="eager"):

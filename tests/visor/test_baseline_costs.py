@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from budgets.costs import price
 from budgets.registry import METHODS
 from visor.families.base import adapter_for
-from visor.method import tower_reduction
+from visor.reduction.method import tower_reduction
 from visor.reduction.tome import lengths
-from visor.tower import TowerWalk
-from visor.vision import encode_images
+from visor.vision.features import encode_images
+from visor.vision.tower import TowerWalk
 
 AFTER_TOWER = ("cdpruner", "divprune", "fastervlm", "hired", "prumerge", "prumerge+", "visionzip", "vispruner")
 NUM_TEXT = 7

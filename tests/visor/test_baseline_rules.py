@@ -21,8 +21,8 @@ from visor.reduction.prumerge import outliers
 from visor.reduction.sparsevlm import clusters, num_clusters, split
 from visor.reduction.tome import lengths, merge_pairs
 from visor.reduction.vispruner import thinned_out
-from visor.taps import grid_places, tile_places
-from visor.vision import VisionFeatures
+from visor.vision.features import VisionFeatures
+from visor.vision.taps import grid_places, tile_places
 
 LLAVA = presets.preset("llava-1.5-7b")
 

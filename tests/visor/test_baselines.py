@@ -16,8 +16,8 @@ from tiny_models import ALL_FAMILIES
 
 from budgets.match import BudgetError, fit
 from budgets.registry import METHODS
-from visor.decoder import running
-from visor.method import Method, tower_reduction
+from visor.engine.decoder import running
+from visor.reduction.method import Method, tower_reduction
 
 FAMILIES = ("llava", "llava_onevision", "llava_next")
 JOINED = tuple(family for family in ALL_FAMILIES if family not in FAMILIES)  # three samples instead of eight

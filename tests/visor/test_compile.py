@@ -9,7 +9,7 @@ import torch
 from schedules import schedule
 from tiny_models import make_model, wake_cross_blocks
 
-from visor.decoder import install, running
+from visor.engine.decoder import install, running
 
 NUM_VISUAL, LENGTH, WIDTH = 24, 40, 64
 CASES = {

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from visor.configuration import VisorConfig
+from visor.model.configuration import VisorConfig
 
 
 def config(**fields):

@@ -11,9 +11,9 @@ from tiny_checkpoint import make_image, make_llava, make_processor
 from tiny_models import ALL_FAMILIES, generate, make_model, make_prompt, visual_counts
 from visor_models import VISOR_FAMILIES, make_visor
 
-from visor.conversion import convert
 from visor.convert import main
-from visor.decoder import install, running
+from visor.engine.decoder import install, running
+from visor.model.conversion import convert
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -93,7 +93,7 @@ def test_command(base_folder, tmp_path, capsys):
     assert "trained: false" in (out / "README.md").read_text()
     assert str(base_folder) not in (out / "config.json").read_text()
 
-    from visor.inference import LoadedModel
+    from visor.inference.loaded_model import LoadedModel
 
     loaded = LoadedModel.load(out)
     assert loaded.geometry.visor.configurations == ((), (1, 4))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from visor.cross_attention import CrossAttentionBlock
+from visor.engine.cross_attention import CrossAttentionBlock
 
 WIDTH, HEADS, KV_HEADS = 48, 6, 2
 

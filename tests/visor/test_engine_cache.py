@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from visor.cache import ElasticCache
-from visor.streams import PromptLayout, left_padding, put, take
+from visor.engine.cache import ElasticCache
+from visor.engine.streams import PromptLayout, left_padding, put, take
 
 
 @pytest.fixture

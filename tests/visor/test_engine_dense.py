@@ -9,8 +9,8 @@ import torch
 from tiny_models import FAMILIES, NUM_LAYERS, generate, make_model, make_prompt
 
 from budgets.schedule import dense
-from visor.cache import ElasticCache
-from visor.decoder import ElasticDecoder, install, running
+from visor.engine.cache import ElasticCache
+from visor.engine.decoder import ElasticDecoder, install, running
 
 SCHEDULE = dense(NUM_LAYERS, 0)
 

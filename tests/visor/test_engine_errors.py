@@ -9,8 +9,8 @@ from schedules import schedule, schedules
 from tiny_models import NUM_LAYERS, generate, make_model, make_prompt, visual_counts
 
 from budgets.schedule import dense
-from visor.cache import ElasticCache
-from visor.decoder import install, running
+from visor.engine.cache import ElasticCache
+from visor.engine.decoder import install, running
 
 
 @functools.cache

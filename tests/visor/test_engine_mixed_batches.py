@@ -7,7 +7,7 @@ from schedules import schedule, schedules
 from test_engine_mixtures import CROSS_LAYERS, FAMILIES, TOLERANCE, model_of, new_tokens
 from tiny_models import continued, generate, make_model, make_prompt, visual_counts, wake_cross_blocks
 
-from visor.decoder import install, running
+from visor.engine.decoder import install, running
 
 MIXED = {
     "two": ["tctctc", "tcsctc", "tctctc"],

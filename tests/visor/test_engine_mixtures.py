@@ -8,7 +8,7 @@ from reference import reference
 from schedules import schedules
 from tiny_models import FAMILIES, continued, generate, make_model, make_prompt, visual_counts, wake_cross_blocks
 
-from visor.decoder import install, running
+from visor.engine.decoder import install, running
 
 TOLERANCE = 2e-4
 MIXTURES = {

@@ -10,8 +10,8 @@ from schedules import schedules
 from tiny_models import FAMILIES, continued, generate, make_model, make_prompt, single, visual_counts
 
 from budgets.registry import METHODS
-from visor.decoder import install, running
-from visor.method import Method
+from visor.engine.decoder import install, running
+from visor.reduction.method import Method
 
 TOLERANCE = 2e-4  # logits are of size ten
 UNEVEN = (1.0, 0.6, 0.3)

@@ -6,7 +6,7 @@ import transformers
 from schedules import schedule
 from torch.utils.flop_counter import FlopCounterMode
 
-from visor.decoder import install, running
+from visor.engine.decoder import install, running
 
 D, HEADS, KV_HEADS, WIDTH, INNER = 64, 4, 2, 16, 96
 NUM_TEXT, NUM_VISUAL = 20, 48

@@ -16,13 +16,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from budgets.geometry import from_config
 from budgets.registry import METHODS
 from budgets.schedule import dense
-from visor.assembly import image_arguments
-from visor.chat import load_processor
-from visor.decoder import running
+from visor.engine.decoder import running
 from visor.families.base import adapter_for
-from visor.prompt import arranged
-from visor.several import shared
-from visor.taps import TAPS
+from visor.inference.chat import load_processor
+from visor.inference.collate import image_arguments
+from visor.inference.prompt import arranged
+from visor.vision.multi_image import shared
+from visor.vision.taps import TAPS
 
 MERGING = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "internvl")
 GRID = ("qwen2_5_vl", "qwen3_vl")

@@ -23,9 +23,9 @@ from tiny_models import (
 from budgets.geometry import from_config
 from budgets.registry import METHODS
 from budgets.schedule import dense
-from visor.decoder import install, running
+from visor.engine.decoder import install, running
+from visor.engine.positions import close_gaps
 from visor.families.base import adapter_for
-from visor.positions import close_gaps
 
 TOLERANCE = 2e-4
 MODES = {

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from visor.attention import cross_attention, flash_attention
+from visor.engine.attention import cross_attention, flash_attention
 
 
 def stand_in(queries_BTHd, keys_BVGd, values_BVGd, causal):

@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from budgets.registry import METHODS
 from budgets.schedule import LayerOp, Reduction, Schedule, dense
-from visor import checkpoint, greedy
-from visor.decoder import install
-from visor.encoder_side import taps_of
-from visor.inference import LoadedModel
+from visor.engine.decoder import install
+from visor.inference import checkpoint
+from visor.inference import generation as greedy
+from visor.inference.loaded_model import LoadedModel
+from visor.vision.encode import taps_of
 
 QUESTIONS = ("what is it?", "how many dots are there in the second row?", "hi")
 METHOD_SETTINGS = {

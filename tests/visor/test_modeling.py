@@ -15,12 +15,12 @@ from tiny_checkpoint import make_image, make_llava, make_processor
 from tiny_models import continued, generate, make_model, make_prompt, single, visual_counts
 from visor_models import CONFIGURATIONS, VISOR_FAMILIES, make_visor
 
-import visor.decoder
+import visor.engine.decoder
 from budgets.costs import price
 from budgets.geometry import from_config
 from budgets.schedule import dense
-from visor.conversion import convert
-from visor.modeling import VisorForConditionalGeneration
+from visor.model.conversion import convert
+from visor.model.modeling import VisorForConditionalGeneration
 
 TOLERANCE = 1e-4
 LOGITS = dict(return_dict_in_generate=True, output_logits=True)
@@ -270,7 +270,7 @@ def test_outer_schedule_wins_and_every_method_runs():
     model = model_of("llava")
     prompt = make_prompt(model.base, 2)
     with torch.no_grad():
-        with visor.decoder.running(model, dense(6, 16)):
+        with visor.engine.decoder.running(model, dense(6, 16)):
             assert torch.equal(model(**prompt).logits, model(**prompt, configuration="dense").logits)
 
 
@@ -408,7 +408,7 @@ def test_image_tokens_that_do_not_match_the_image():
 
 
 def test_weights_of_another_base(tmp_path):
-    from visor.inference import LoadedModel
+    from visor.inference.loaded_model import LoadedModel
 
     model = convert(make_llava())
     model.save_pretrained(tmp_path)

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch.nn.functional import mse_loss
 
-from visor.training import stages
-from visor.training.parallel import Group
-from visor.training.tiny_model import TinyArchitecture
-from visor.training.trainer import Recipe, train
+from visor.embedded import stages
+from visor.embedded.parallel import Group
+from visor.embedded.architecture import TinyArchitecture
+from visor.embedded.trainer import Recipe, train
 
 torch.set_num_threads(1)
 group = Group()
@@ -61,7 +61,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 
 @pytest.mark.parametrize("num", [0, 1, 5])
 def test_a_group_of_one_changes_nothing(num):
-    from visor.training.parallel import Group
+    from visor.embedded.parallel import Group
 
     group = Group()
     assert group.gather(group.share(list(range(num)))) == list(range(num))

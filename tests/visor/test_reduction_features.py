@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from budgets.geometry import ModelGeometry, VisionGeometry
 from budgets.registry import METHODS
 from visor.reduction.visionzip import merge_leftover
-from visor.taps import attention_received
-from visor.vision import VisionFeatures
+from visor.vision.features import VisionFeatures
+from visor.vision.taps import attention_received
 
 TOWER = VisionGeometry(2, 32, 64, 4, 4, 24, projector=((32, 48),))
 TINY = ModelGeometry("tiny", 6, 48, 96, 4, 2, 12, 100, vision=TOWER)

@@ -12,8 +12,8 @@ from visor_models import VISOR_FAMILIES, make_visor
 from budgets.costs import price
 from budgets.geometry import from_config
 from budgets.policies import success
-from visor.decoder import running
-from visor.router import Router, RouterOutput
+from visor.engine.decoder import running
+from visor.model.router import Router, RouterOutput
 
 
 @functools.cache

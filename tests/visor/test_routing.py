@@ -11,9 +11,9 @@ from visor_models import CONFIGURATIONS, CROSS_LAYERS, SLOTS, wake_cross_blocks
 from budgets import policies
 from budgets.policies import cost_aware
 from budgets.schedule import dense
-from visor.conversion import convert
-from visor.inference import LoadedModel
-from visor.selection import Request, relative_costs
+from visor.inference.loaded_model import LoadedModel
+from visor.model.conversion import convert
+from visor.model.selection import Request, relative_costs
 
 QUESTIONS = ["what is it?", "how many are there in all?", "where?", "is this a long question or a short one?"]
 

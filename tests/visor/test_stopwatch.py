@@ -7,8 +7,8 @@ from family_processors import load, make_image
 from tiny_models import ALL_FAMILIES
 
 from budgets.registry import METHODS
-from visor.encoder_side import taps_of
-from visor.stopwatch import scoring, scoring_clock
+from visor.engine.stopwatch import scoring, scoring_clock
+from visor.vision.encode import taps_of
 
 loaded_of = functools.cache(load)
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from visor.synthetic import digits, easy_vqa
-from visor.synthetic.coverage import CELL, SHARE
-from visor.synthetic.world import IMAGE_SIZE, SLOTS, SPLITS, generator
-from visor.synthetic.worlds import WORLDS, scene
-from visor.training.symbolic import PatchWords
-from visor.training.vocabulary import build_tokenizer
+from visor.embedded.symbolic import PatchWords
+from visor.embedded.vocabulary import build_tokenizer
+from visor.worlds import digits, easy_vqa
+from visor.worlds.coverage import CELL, SHARE
+from visor.worlds.world import IMAGE_SIZE, SLOTS, SPLITS, generator
+from visor.worlds.worlds import WORLDS, scene
 
 
 @pytest.mark.parametrize("world", WORLDS)

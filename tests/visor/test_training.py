@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from visor.synthetic.worlds import scene
-from visor.training import stages
-from visor.training.curriculum import MEMORY, Curriculum
-from visor.training.tiny_model import TinyArchitecture
-from visor.training.trainer import Recipe, train, without_optimizer
-from visor.training.vocabulary import build_processor, build_tokenizer
+from visor.embedded import stages
+from visor.embedded.architecture import TinyArchitecture
+from visor.embedded.curriculum import MEMORY, Curriculum
+from visor.embedded.trainer import Recipe, train, without_optimizer
+from visor.embedded.vocabulary import build_processor, build_tokenizer
+from visor.worlds.worlds import scene
 
 SMALL = TinyArchitecture(
     tower_layers=2, tower_width=32, tower_heads=2, decoder_layers=2, decoder_width=32, decoder_heads=2,
@@ -120,7 +120,7 @@ def test_curriculum_grows_and_unlocks_with_accuracy():
 
 
 def test_a_missing_stage_is_an_error_that_says_what_to_run(tmp_path):
-    command = [sys.executable, "-m", "visor.training.tiny", "--stage", "dense", "--only", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "visor.embedded.train", "--stage", "dense", "--only", "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "run the stage that writes it first" in done.stderr

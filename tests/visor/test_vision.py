@@ -8,8 +8,8 @@ from tiny_models import make_model
 
 from budgets.registry import METHODS
 from visor.families.base import adapter_for
-from visor.taps import ROWS_PER_CHUNK, attention_received, tower_blocks
-from visor.vision import VisionFeatures, encode_images
+from visor.vision.features import VisionFeatures, encode_images
+from visor.vision.taps import ROWS_PER_CHUNK, attention_received, tower_blocks
 
 
 def pixels(seed, side=56):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tiny_models import make_model, wake_cross_blocks
 
-from visor.conversion import convert
-from visor.modeling import VisorForConditionalGeneration
+from visor.model.conversion import convert
+from visor.model.modeling import VisorForConditionalGeneration
 
 VISOR_FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl")
 CROSS_LAYERS, SLOTS = [0, 3], [1, 2, 4]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from visor.analysis.observe import visual_places, watch
-from visor.compat import rotated_heads
-from visor.streams import take
+from visor.engine.compat import rotated_heads
+from visor.engine.streams import take
 
 if TYPE_CHECKING:
-    from visor.inference import LoadedModel
-    from visor.prompt import PreparedSample
-    from visor.vision import VisionFeatures
+    from visor.inference.loaded_model import LoadedModel
+    from visor.inference.prompt import PreparedSample
+    from visor.vision.features import VisionFeatures
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from torch import Tensor
 from visor.analysis.observe import visual_places, watch
 
 if TYPE_CHECKING:
-    from visor.inference import LoadedModel
-    from visor.prompt import PreparedSample
-    from visor.vision import VisionFeatures
+    from visor.inference.loaded_model import LoadedModel
+    from visor.inference.prompt import PreparedSample
+    from visor.vision.features import VisionFeatures
 
 
 @dataclass(frozen=True)

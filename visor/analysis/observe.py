@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from budgets.schedule import dense
 
 if TYPE_CHECKING:
-    from visor.inference import LoadedModel
-    from visor.prompt import PreparedSample
-    from visor.vision import VisionFeatures
+    from visor.inference.loaded_model import LoadedModel
+    from visor.inference.prompt import PreparedSample
+    from visor.vision.features import VisionFeatures
 
 Look = Callable[[int, Tensor, Any], None]
 """Called as look(layer, hidden [1, N, D], rotary): what enters `layer`; rotary is None after the last one."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from budgets.registry import FAMILIES, nearest_first
-from visor.compat import image_output
+from visor.engine.compat import image_output
 
 if TYPE_CHECKING:
     from PIL.Image import Image

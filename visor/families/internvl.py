@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from budgets.registry import FAMILIES
-from visor.compat import image_output
+from visor.engine.compat import image_output
 from visor.families.merging import TileMergingAdapter
 
 if TYPE_CHECKING:

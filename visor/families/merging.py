@@ -130,7 +130,7 @@ class TileMergingAdapter(MergingAdapter):
 
     def encode_image(self, pixel_inputs: Mapping[str, Tensor], taps: Collection[str]) -> EncodedImage:
         # Not at the top: vision.py knows adapters.
-        from visor.taps import BLOCK_OF_TAP, read_taps, tile_places, whole_image_places
+        from visor.vision.taps import BLOCK_OF_TAP, read_taps, tile_places, whole_image_places
 
         wanted = sorted({BLOCK_OF_TAP[tap] for tap in taps if tap in BLOCK_OF_TAP})
         with reading({index: self.projections(self.blocks[index]) for index in wanted}) as seen:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from budgets.registry import FAMILIES
-from visor.compat import deepstack_output, vision_rotated, vision_window_index
+from visor.engine.compat import deepstack_output, vision_rotated, vision_window_index
+from visor.engine.stopwatch import scoring
 from visor.families.merging import EncodedImage, MergingAdapter, reading
-from visor.stopwatch import scoring
 
 
 class QwenVLAdapter(MergingAdapter):
@@ -82,7 +82,7 @@ class QwenVLAdapter(MergingAdapter):
         return positions_31P[:, 0]
 
     def encode_image(self, pixel_inputs: Mapping[str, Tensor], taps: Collection[str]) -> EncodedImage:
-        from visor.taps import BLOCK_OF_TAP, attention_received, whole_image_places
+        from visor.vision.taps import BLOCK_OF_TAP, attention_received, whole_image_places
 
         rows, columns = self.grid(pixel_inputs)
         block_of = {tap: self._block(BLOCK_OF_TAP[tap]) for tap in taps if tap in BLOCK_OF_TAP}

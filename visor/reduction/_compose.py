@@ -17,7 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from budgets.schedule import LayerMode, LayerOp, Schedule
-from visor.method import Method
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     from budgets.geometry import ModelGeometry

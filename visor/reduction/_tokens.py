@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visor.streams import take
-from visor.vision import ReducedFeatures, VisionFeatures
+from visor.engine.streams import take
+from visor.vision.features import ReducedFeatures, VisionFeatures
 
 __all__ = ["chosen", "cosines", "first_equal", "kept_mask", "ranked", "take"]
 

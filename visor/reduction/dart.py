@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import check_choice, check_fraction, check_integer, inside_decoder
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.context import LayerContext
+    from visor.engine.context import LayerContext
 
 
 @METHODS.register("dart")
@@ -82,7 +82,7 @@ class DART(Method):
         """Pivots first, then what each pivot in turn keeps."""
         import torch
 
-        from visor.streams import take
+        from visor.engine.streams import take
 
         visual_BN = context.visual_BN
         norm_BN = context.previous_keys().float().abs().sum((1, 3))

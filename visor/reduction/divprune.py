@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_integer, is_reduced_by
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 @METHODS.register("divprune")

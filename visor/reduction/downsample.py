@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_integer, square_side
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 @METHODS.register("downsample")
@@ -52,7 +52,7 @@ class Downsample(Method):
 
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         """Nothing is left to do: the smaller image already gave `keep` tokens."""
-        from visor.vision import ReducedFeatures
+        from visor.vision.features import ReducedFeatures
 
         num_tokens = vision.features_BND.shape[1]
         if num_tokens != keep:

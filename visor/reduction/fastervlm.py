@@ -1,9 +1,9 @@
 """FasterVLM: keep the patches that the tower's CLS token attends to most, in the order of the image.
 
 The score is encoder block -2's attention of the CLS row, mean over heads; the best T tokens stay. Deviations: a tower
-without CLS scores by the attention that a patch receives (`visor.taps.TAPS`); tokens are chosen before the projector,
-which treats each token alone, so the features are the authors' and fewer are projected; an image of several tiles is
-one set of tokens.
+without CLS scores by the attention that a patch receives (`visor.vision.taps.TAPS`); tokens are chosen before the
+projector, which treats each token alone, so the features are the authors' and fewer are projected; an image of several
+tiles is one set of tokens.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_integer, is_reduced_by, salience_flops
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 @METHODS.register("fastervlm")

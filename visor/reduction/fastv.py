@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import check_fraction, check_integer, inside_decoder
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.decoder import LayerContext
+    from visor.engine.decoder import LayerContext
 
 
 @METHODS.register("fastv")

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_fraction, check_integer, feature_blocks, is_reduced_by
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.tower import TowerWalk
+    from visor.vision.tower import TowerWalk
 
 
 @METHODS.register("flowcut")
@@ -81,9 +81,9 @@ class FlowCut(Method):
     def reduce_in_tower(self, walk: TowerWalk, tiles: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        from visor.stopwatch import scoring
-        from visor.streams import take
-        from visor.taps import reading_block
+        from visor.engine.stopwatch import scoring
+        from visor.engine.streams import take
+        from visor.vision.taps import reading_block
 
         hidden_TPD = walk.embed(tiles)
         num_tiles, prefix, device = len(hidden_TPD), int(walk.has_cls), hidden_TPD.device
@@ -134,7 +134,7 @@ def flow(
     """The attention paid to each patch, summing to 1, and its score: both [T, N], 0 at dead tokens."""
     import torch
 
-    from visor.taps import ROWS_PER_CHUNK, split_heads
+    from visor.vision.taps import ROWS_PER_CHUNK, split_heads
 
     q_THPd, k_THPd = (split_heads(seen[name], num_heads).float() for name in "qk")
     v_TPD, prefix = seen["v"].float(), int(has_cls)

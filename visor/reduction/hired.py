@@ -5,9 +5,10 @@ tiles in proportion to the attention of the CLS row in encoder *block 0* of the 
 image which the tile shows; in each tile the tokens with the most CLS attention in *block -2* stay, in the order of the
 image. An image of one tile: the T best. The authors' rate (0.2, 0.4) of all tokens is `keep` here.
 
-Deviations: the surrogate for a missing CLS (`visor.taps.TAPS`); N counts the tokens that the family's packing leaves
-(padding cropped), and a line's end is no candidate; the part of the overview that a tile shows is found from the image
-itself without its padding; what rounding leaves of the shares goes to the highest scores, so that exactly T stay.
+Deviations: the surrogate for a missing CLS (`visor.vision.taps.TAPS`); N counts the tokens that the family's packing
+leaves (padding cropped), and a line's end is no candidate; the part of the overview that a tile shows is found from
+the image itself without its padding; what rounding leaves of the shares goes to the highest scores, so that exactly T
+stay.
 
 Shapes: B samples, N visual tokens, Q tiles.
 """
@@ -20,14 +21,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_fraction, check_integer, is_reduced_by, salience_flops
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 @METHODS.register("hired")

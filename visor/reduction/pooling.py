@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_integer, square_side
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 DYNAMIC_SIDE = 24
@@ -69,7 +69,7 @@ class Pooling(Method):
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         import torch
 
-        from visor.vision import ReducedFeatures
+        from visor.vision.features import ReducedFeatures
 
         batch, num_visual, width = vision.features_BND.shape
         # Every token lives on in a mean: there is no kept set to show.

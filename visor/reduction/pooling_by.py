@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_choice, square_side
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 FACTORS = (4, 2)
 
@@ -60,7 +60,7 @@ class PoolingBy(Method):
         import torch
 
         from visor.reduction.pooling import pool_packed
-        from visor.vision import ReducedFeatures
+        from visor.vision.features import ReducedFeatures
 
         if vision.grid is None and "places" in vision.taps:
             rows = zip(vision.features_BND.unbind(), vision.tap("places").unbind(), strict=True)

@@ -8,7 +8,8 @@ order of falling score. PruMerge+ adds tokens evenly spaced among the others.
 How many tokens stand out depends on the image. `keep=None` is the authors' rule: the number is settled once the image
 is encoded (`resolve`). A budget needs a number, and then `keep - 1` tokens stay: PruMerge takes those with the highest
 scores (which are the outliers where the numbers agree), PruMerge+ the outliers and evenly spaced others up to it.
-Deviations: that, the surrogate for a missing CLS (`visor.taps.TAPS`), and that an image of several tiles is one set.
+Deviations: that, the surrogate for a missing CLS (`visor.vision.taps.TAPS`), and that an image of several tiles is one
+set.
 
 Shapes: B samples, N visual tokens, K kept ones, E feature width, w tower width.
 """
@@ -21,14 +22,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Reduction, Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_integer, feature_width, is_reduced_by, salience_flops
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 @METHODS.register("prumerge")
@@ -88,7 +89,7 @@ class PruMerge(Method):
         import torch
 
         from visor.reduction._tokens import ranked, take
-        from visor.vision import ReducedFeatures
+        from visor.vision.features import ReducedFeatures
 
         scores_BN, features_BNE = vision.tap("last_salience"), vision.features_BND.float()
         kept_BN = self.choose(scores_BN, keep - 1)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_integer
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 def random_subset(seed: int, sample_key: str, num_visual: int, keep: int) -> list[int]:
@@ -53,7 +53,7 @@ class Random(Method):
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         import torch
 
-        from visor.vision import ReducedFeatures
+        from visor.vision.features import ReducedFeatures
 
         features_BND = vision.features_BND
         batch, num_visual, width = features_BND.shape

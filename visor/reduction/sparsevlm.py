@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import check_choice, check_integer, inside_decoder
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.context import LayerContext, Selection
+    from visor.engine.context import LayerContext, Selection
 
 TABLE_TOKENS, TABLE_LAYERS = 576, 32
 
@@ -134,13 +134,13 @@ class SparseVLM(Method):
         if "raters" not in context.memo:
             context.memo["raters"] = raters(context)
         text_BW, is_text_BW = context.slots(context.valid_BN & ~context.visual_BN, context.num_text)
-        from visor.streams import take
+        from visor.engine.streams import take
 
         weights_BN = take(context.memo["raters"], context.origin_BN)
         return context.attention_row(text_BW, weights=take(weights_BN, text_BW) * is_text_BW)
 
     def select_tokens(self, context: LayerContext) -> Selection:
-        from visor.context import best_scored
+        from visor.engine.context import best_scored
 
         scores_BN = self.score_tokens(context)
         return recycled(scores_BN, context) if self.recycle else best_scored(self.title, scores_BN, context)
@@ -184,7 +184,7 @@ def raters(context: LayerContext) -> torch.Tensor:
     """1 at text tokens after the image that resemble it more than the average one does, 0 elsewhere: [B, P]."""
     import torch
 
-    from visor.streams import take
+    from visor.engine.streams import take
 
     visual_BN, embedded_BND = context.visual_BN, context.embedded_BPD
     order_N = torch.arange(visual_BN.shape[1], device=visual_BN.device)
@@ -206,8 +206,8 @@ def recycled(scores_BN: torch.Tensor, context: LayerContext) -> Selection:
     """The best-scored tokens, in order, and behind them the clusters' means, in the first places of the image."""
     import torch
 
-    from visor.context import Selection
-    from visor.streams import take
+    from visor.engine.context import Selection
+    from visor.engine.streams import take
 
     visual_BN, hidden_BND, device = context.visual_BN, context.hidden_BND, scores_BN.device
     counts = [split(live, left) for live, left in zip(context.num_visual, context.keep, strict=True)]

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_choice, check_integer, feature_blocks, is_reduced_by
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.tower import TowerWalk
+    from visor.vision.tower import TowerWalk
 
 
 @METHODS.register("tome")
@@ -82,8 +82,8 @@ class ToMe(Method):
     def reduce_in_tower(self, walk: TowerWalk, tiles: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        from visor.stopwatch import scoring
-        from visor.taps import reading_block, split_heads
+        from visor.engine.stopwatch import scoring
+        from visor.vision.taps import reading_block, split_heads
 
         hidden_TPD = walk.embed(tiles)
         prefix = int(walk.has_cls)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import after_tower, check_fraction, check_integer
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 @METHODS.register("visionzip")
@@ -77,7 +77,7 @@ class VisionZip(Method):
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         import torch
 
-        from visor.vision import ReducedFeatures
+        from visor.vision.features import ReducedFeatures
 
         features_BNE, salience_BN, keys_BNH = vision.features_BND, vision.tap("salience"), vision.tap("keys")
         batch, num_visual, _ = features_BNE.shape

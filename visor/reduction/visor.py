@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, LayerOp, Schedule
-from visor.method import Method
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     from budgets.geometry import ModelGeometry, VisorGeometry

@@ -4,8 +4,8 @@ T r tokens (r = 0.5) with the most attention of the CLS row in encoder block -2 
 attention, is thinned out until T - T r are left: the even and the odd places are compared, the (at most) eight even
 tokens most similar (cosine) to an odd one go, and what is left of the even ones, most similar first, stands before the
 odd ones in the next round. Output in the order of the image. Deviations: the surrogate for a missing CLS
-(`visor.taps.TAPS`); tokens are chosen before the projector; an image of several tiles is one set of tokens, compared
-after the projector. One similarity matrix serves all rounds.
+(`visor.vision.taps.TAPS`); tokens are chosen before the projector; an image of several tiles is one set of tokens,
+compared after the projector. One similarity matrix serves all rounds.
 
 Shapes: B samples, N visual tokens, R tokens not yet thinned out, E feature width.
 """
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.method import Method
 from visor.reduction._arithmetic import (
     after_tower,
     check_fraction,
@@ -27,12 +26,13 @@ from visor.reduction._arithmetic import (
     is_reduced_by,
     salience_flops,
 )
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     import torch
 
     from budgets.geometry import ModelGeometry
-    from visor.vision import ReducedFeatures, VisionFeatures
+    from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 @METHODS.register("vispruner")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, LayerOp, Schedule, dense
-from visor.method import Method
 from visor.reduction._arithmetic import check_integer
+from visor.reduction.method import Method
 
 if TYPE_CHECKING:
     from budgets.geometry import ModelGeometry

@@ -17,10 +17,10 @@ from math import isqrt
 import torch.nn.functional as F
 from torch import Tensor
 
+from visor.training.auxiliary.visual_facts import Features
+from visor.training.auxiliary.word_readers import slot_in
 from visor.training.batch import Batch
 from visor.training.encoding import Look, Row
-from visor.training.reading import slot_in
-from visor.training.refined import Features
 
 
 def averaged(

@@ -22,7 +22,7 @@ from budgets.registry import nearest_first
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from visor.synthetic.world import Scene
+    from visor.worlds.world import Scene
 
 IMAGE_MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -261,8 +261,8 @@ class WorldSource:
     length: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        from visor.synthetic.world import SPLITS
-        from visor.synthetic.worlds import WORLDS
+        from visor.worlds.world import SPLITS
+        from visor.worlds.worlds import WORLDS
 
         if self.world not in WORLDS:
             raise ValueError(
@@ -273,7 +273,7 @@ class WorldSource:
         self.name = f"{self.world}/{self.split}"
 
     def read(self, index: int) -> Example:
-        from visor.synthetic.worlds import scene
+        from visor.worlds.worlds import scene
 
         rng = np.random.default_rng([self.seed, index, 7])
         size = self.size if rng.random() >= self.smaller else float(rng.uniform(0, self.size))

@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from visor.synthetic.world import SLOTS, Scene
+from visor.embedded.symbolic import PatchWords
+from visor.embedded.vocabulary import SPACE
 from visor.training.data import BadRow, Example
-from visor.training.symbolic import PatchWords
-from visor.training.vocabulary import SPACE
+from visor.worlds.world import SLOTS, Scene
 
 IGNORED = -100
 
@@ -65,13 +65,14 @@ class Row:
         num_visual: image tokens among them.
         pixel_inputs: what the processor made of the image.
         kinds: for each segment what it is about.
-        facts: (index in the prefix, slot, token id) of what visual tokens should know (`visor.training.refined`).
+        facts: (index in the prefix, slot, token id) of what visual tokens should know
+            (`visor.training.auxiliary.visual_facts`).
         asked: (index among the text tokens, slot, token id) of what words of prompts should know
-            (`visor.training.asked`).
-        looks: where in the image text tokens should look (`visor.training.looks`).
+            (`visor.training.auxiliary.question_facts`).
+        looks: where in the image text tokens should look (`visor.training.auxiliary.attention_supervision`).
         written: (index in the prefix, token id) of words that stand in patches.
         parts: (index in the prefix, part, token id) of words that stand in parts of averaged windows
-            (`visor.training.written`).
+            (`visor.training.auxiliary.window_words`).
     """
 
     key: str
@@ -101,7 +102,7 @@ class Encoder:
         pixel_names: what the family's forward takes of an image.
         max_text_tokens: longer rows are skipped.
         hint_tokens: so many tokens before a prompt's last one are asked for the answer's first token too. A training
-            aid for small models: a lookup forms sooner (`visor.training.packing`).
+            aid for small models: a lookup forms sooner (`visor.embedded.packed_text`).
         with_facts: rows of built-in worlds carry what visual tokens and words of prompts should know, and where text
             should look.
     """

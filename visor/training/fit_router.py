@@ -1,7 +1,7 @@
 """Train the router on routing vectors and labels that are known already: minutes of arithmetic on a small MLP.
 
 Cross-entropy to the label, the cheapest configuration that suffices. The cost-aware policy reads the same softmax,
-summed up to each configuration (`visor.router.RouterOutput.success`): no second head that could contradict it.
+summed up to each configuration (`visor.model.router.RouterOutput.success`): no second head that could contradict it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visor.router import RouterOutput
+from visor.model.router import RouterOutput
 from visor.training.explore import write_json
 from visor.training.labels import Labels
 

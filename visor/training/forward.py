@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgets.schedule import LayerMode, LayerOp, Schedule, dense
-from visor.decoder import install, running
+from visor.engine.decoder import install, running
+from visor.engine.streams import PromptStreams, take
 from visor.families.base import FamilyAdapter, adapter_for
-from visor.streams import PromptStreams, take
-from visor.training.asked import AskedFacts
+from visor.training.auxiliary.attention_supervision import Looks
+from visor.training.auxiliary.question_facts import AskedFacts
+from visor.training.auxiliary.visual_facts import Features, RefinedFacts
+from visor.training.auxiliary.window_words import WrittenWords
 from visor.training.batch import PADDING, SHARED, Batch
 from visor.training.encoding import IGNORED
-from visor.training.looks import Looks
-from visor.training.refined import Features, RefinedFacts
-from visor.training.written import WrittenWords
 
 TRAINABLE_FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
@@ -141,7 +141,7 @@ class PackedModel:
         """[B, Q, R]: what the router would read if the prompt of each segment stood alone.
 
         Args:
-            parts: of the vector, as in `visor.router.Router.vector`.
+            parts: of the vector, as in `visor.model.router.Router.vector`.
         """
         seen: list[Tensor] = []
 

@@ -108,7 +108,7 @@ def run_labels(
     """Run every configuration over a training subset; writes chunks and `labels.json`.
 
     Args:
-        routing: parts of the routing vector (`visor.router`).
+        routing: parts of the routing vector (`visor.model.router`).
         reach: share of the costliest configuration's score that a label has to reach.
         first_position: where in the stream the subset begins.
     """

@@ -56,12 +56,13 @@ Found = tuple[Tensor | None, list[bool]]
 
 @dataclass(frozen=True, kw_only=True)
 class _Averaging(Objective):
-    """An objective on averaged grids, with the side loss of the words in their windows (`visor.training.written`).
+    """An objective on averaged grids, with the side loss of the words in their windows
+    (`visor.training.auxiliary.window_words`).
 
     Args:
         seed: of all draws.
         facts_weight: of a word in a window (`written`), or a fact that a visual token should hold
-            (`visor.training.refined`), beside an answer token.
+            (`visor.training.auxiliary.visual_facts`), beside an answer token.
         written_share: share of the steps that ask for nothing but these words. Such a step runs no decoder.
     """
 
@@ -117,9 +118,9 @@ class VisorObjective(_Averaging):
         pooled_share: share of the steps that run on one of the `factors`.
         factor_weights: how often each of the `factors` is drawn, as `weights` says it of the configurations.
         facts_weight: of a fact that a refined visual token should hold, beside an answer token
-            (`visor.training.refined`), or a word of a question (`asked`), and of a word in an averaged window
-            (`written`).
-        looks_weight: of a look that text should take (`visor.training.looks`).
+            (`visor.training.auxiliary.visual_facts`), or a word of a question (`asked`), and of a word in an averaged
+            window (`written`).
+        looks_weight: of a look that text should take (`visor.training.auxiliary.attention_supervision`).
     """
 
     configurations: tuple[tuple[int, ...], ...]

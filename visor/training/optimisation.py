@@ -28,8 +28,9 @@ class Optimisation:
         precision: "bf16" (autocast, float32 weights) or "fp32".
         ema: decay of an exponential moving average of the weights, which then is what the stage yields; 0 is off.
         hint_weight: weight of the hints in the loss (`visor.training.encoding`).
-        facts_weight: weight of a fact in the loss (`visor.training.refined`, `asked`, `written`); 0 reads none.
-        looks_weight: weight of a look in the loss (`visor.training.looks`); 0 watches none.
+        facts_weight: weight of a fact in the loss (`visor.training.auxiliary.visual_facts`, `asked`, `written`); 0
+            reads none.
+        looks_weight: weight of a look in the loss (`visor.training.auxiliary.attention_supervision`); 0 watches none.
         seed: of data order and random choices.
         workers: processes that read and encode data ahead; 0 reads in the training process.
         log_every: steps between log lines.

@@ -131,7 +131,7 @@ on a laptop, and knows nothing but the seven small worlds of its base (see that 
 {data}
 
 ## Recipe
-`python -m visor.training.chain --target {title}`; {facts["hardware"]} CPU, bfloat16 autocast with float32 attention.
+`python -m visor.embedded.chain --target {title}`; {facts["hardware"]} CPU, bfloat16 autocast with float32 attention.
 
 {recipe}{chr(10).join(rows)}
 

@@ -68,7 +68,8 @@ class Pooling:
         weights: VISOR: how often each of the `factors` is drawn, beside the others; empty is equally often.
         sides: M3: of the grids that are its scales.
         at_once: M3: scales a step, drawn at random; None is all.
-        written_share: share of the steps that ask for nothing but words in windows (`visor.training.written`).
+        written_share: share of the steps that ask for nothing but words in windows
+            (`visor.training.auxiliary.window_words`).
     """
 
     factors: tuple[int, ...] = ()

@@ -43,8 +43,8 @@ def load_model(name_or_path: str | Path) -> tuple[nn.Module, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    import visor.configuration  # noqa: F401  registers VISOR models with the Auto classes
-    from visor import checkpoint
+    import visor.model.configuration  # noqa: F401  registers VISOR models with the Auto classes
+    from visor.inference import checkpoint
 
     folder = checkpoint.resolve(name_or_path)
     model = AutoModelForImageTextToText.from_pretrained(
@@ -67,7 +67,7 @@ def as_visor(model: nn.Module, recipe: Recipe) -> nn.Module:
     """The model itself if it is a VISOR model, else one made of it as the recipe says."""
     import torch
 
-    from visor.conversion import convert
+    from visor.model.conversion import convert
 
     if model.config.model_type == "visor":
         return model
@@ -330,7 +330,7 @@ def _route(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
     visor.add_router(shape.hidden_size, shape.inputs)
     if not processes.is_main:
         return {}
-    document = fit(visor.router, known, replace(recipe.router_fit, seed=recipe.seed), out)
+    document = fit(visor.model.router, known, replace(recipe.router_fit, seed=recipe.seed), out)
     return {name: document[name] for name in ("num_questions", "label_accuracy", "router", "fixed", "oracle")}
 
 

@@ -7,7 +7,7 @@ import torch
 from llava_rows import conversation
 from tiny_checkpoint import make_image, make_llava, make_processor
 
-from visor.training.vocabulary import CHAT_TEMPLATE
+from visor.embedded.vocabulary import CHAT_TEMPLATE
 
 torch.set_num_threads(1)
 

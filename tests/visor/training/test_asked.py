@@ -7,15 +7,15 @@ import torch
 from tiny_checkpoint import make_image, make_llava, make_processor
 from tiny_models import wake_cross_blocks
 
-from visor.conversion import convert
-from visor.synthetic.world import SLOTS
-from visor.synthetic.worlds import scene
+from visor.embedded.vocabulary import build_processor
+from visor.model.conversion import convert
 from visor.training.batch import Batch
 from visor.training.data import Example, WorldSource
 from visor.training.encoding import Encoder
 from visor.training.forward import PackedModel
 from visor.training.objectives import VisorObjective
-from visor.training.vocabulary import build_processor
+from visor.worlds.world import SLOTS
+from visor.worlds.worlds import scene
 
 
 @pytest.mark.parametrize("world", ["charts", "connections", "scenes"])

@@ -7,17 +7,17 @@ import torch
 from tiny_checkpoint import make_image, make_llava, make_processor
 from tiny_models import wake_cross_blocks
 
-from visor.conversion import convert
+from visor.model.conversion import convert
 from visor.reduction.pooling import Pooling
 from visor.reduction.pooling_by import PoolingBy
+from visor.training.auxiliary.word_readers import slot_in
 from visor.training.averaging import averaged, averaged_grid
 from visor.training.batch import Batch
 from visor.training.data import Example
 from visor.training.encoding import Encoder, Look
 from visor.training.forward import PackedModel
 from visor.training.objectives import VisorObjective
-from visor.training.reading import slot_in
-from visor.vision import VisionFeatures
+from visor.vision.features import VisionFeatures
 
 CROSS_LAYERS, SELF_LAYERS, CONFIGURATIONS = [0, 2, 4], [1, 3], [[], [1, 3]]
 BY_2, BY_4 = (lambda side, by=by: PoolingBy(by).shape(side, side) for by in (2, 4))

@@ -6,12 +6,12 @@ from tiny_checkpoint import make_image, make_llava
 from tiny_checkpoint import make_processor as make_plain_processor
 from tiny_models import wake_cross_blocks
 
-from visor.conversion import convert
+from visor.embedded.vocabulary import CHAT_TEMPLATE
+from visor.model.conversion import convert
 from visor.training.batch import Batch
 from visor.training.data import BadRow, Example
 from visor.training.encoding import IGNORED, Encoder
 from visor.training.forward import PackedModel, answers_of
-from visor.training.vocabulary import CHAT_TEMPLATE
 
 QUESTIONS = ((("what is it?", "cat"),), (("and the colour of the thing?", "red"),), (("n?", "12"), ("sure?", "yes")))
 
@@ -85,7 +85,7 @@ def test_routing_vectors_are_those_of_the_prompt_alone(visor):
     batch = Batch.of(rows, 0)
     with torch.no_grad():
         features = packed.image_features(batch)
-        vectors = packed.routing_vectors(batch, features, visor.config.configurations, visor.router.inputs)
+        vectors = packed.routing_vectors(batch, features, visor.config.configurations, visor.model.router.inputs)
         for b, row in enumerate(rows):
             for q, segment in enumerate(row.segments):
                 prompt = torch.tensor([[*row.prefix, *segment.ids[: segment.prompt_end + 1]]])

@@ -2,7 +2,7 @@
 
 import torch
 
-from visor.attention import FLOAT32, cross_attention
+from visor.engine.attention import FLOAT32, cross_attention
 from visor.training.attention import NAME
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visor.training.reading import WordReader
+from visor.training.auxiliary.word_readers import WordReader
 
 
 def test_slot_by_slot_equals_all_at_once_and_keeps_the_order_of_the_facts():

@@ -7,17 +7,17 @@ import torch
 from tiny_checkpoint import make_image, make_llava, make_processor
 from tiny_models import wake_cross_blocks
 
-from visor.conversion import convert
-from visor.synthetic.world import SLOTS
-from visor.synthetic.worlds import scene
+from visor.embedded.symbolic import PatchWords
+from visor.embedded.vocabulary import build_processor
+from visor.model.conversion import convert
+from visor.training.auxiliary.word_readers import NUM_SLOTS
 from visor.training.batch import Batch
 from visor.training.data import BadRow, Example, WorldSource
 from visor.training.encoding import Encoder
 from visor.training.forward import PackedModel
 from visor.training.objectives import NestedPooling, VisorObjective
-from visor.training.reading import NUM_SLOTS
-from visor.training.symbolic import PatchWords
-from visor.training.vocabulary import build_processor
+from visor.worlds.world import SLOTS
+from visor.worlds.worlds import scene
 
 
 def test_facts_stand_at_the_patch_of_their_label():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_checkpoint import make_image
 
-from visor.training.chain import CHAINS, run_chain, scaled
+from visor.embedded.chain import CHAINS, run_chain, scaled
 from visor.training.explore import macro_mean
 from visor.training.fit_router import RouterFit, fit, split
 from visor.training.labels import Labels
@@ -176,7 +176,7 @@ def test_a_killed_training_ends_with_the_weights_of_an_unbroken_one(base_folder,
 
 def test_a_router_learns_what_can_be_learned(tmp_path):
     """The first input says whether the cheap configuration suffices."""
-    from visor.router import Router
+    from visor.model.router import Router
 
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(1000, 12, generator=generator)

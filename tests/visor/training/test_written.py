@@ -6,15 +6,15 @@ import pytest
 import torch
 from tiny_checkpoint import make_image, make_llava, make_processor
 
-from visor.conversion import convert
-from visor.synthetic.worlds import scene
+from visor.embedded.vocabulary import build_processor
+from visor.model.conversion import convert
 from visor.training.averaging import averaged
 from visor.training.batch import Batch
 from visor.training.data import Example, WorldSource
 from visor.training.encoding import Encoder
 from visor.training.forward import PackedModel
 from visor.training.objectives import NestedPooling, VisorObjective
-from visor.training.vocabulary import build_processor
+from visor.worlds.worlds import scene
 
 SHAPES = {2: (12, 6), 4: (6, 6)}
 
