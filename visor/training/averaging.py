@@ -1,8 +1,8 @@
 """Averaged token grids in training: what VISOR-TR and M3 put before the decoder, for a whole batch.
 
-The prompt shrinks with the grid, without a gap. What visual tokens should know, and where text should look, moves to
-the windows that hold the patches; where two patches of one window hold different facts of a kind, each is asked for by
-the part of the window that it holds in.
+The prompt shrinks with the grid, without a gap. The targets of the auxiliary losses move from patches to the windows
+that hold them; where two patches of one window hold different facts of a kind, each becomes a fact of the part of the
+window that it holds in.
 
 Shapes: B rows, N visual tokens of an image, D width.
 """
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visor.training.auxiliary.visual_facts import Features
-from visor.training.auxiliary.word_readers import slot_in
+from visor.training.auxiliary.word_heads import slot_in
 from visor.training.batch import Batch
-from visor.training.encoding import Look, Row
+from visor.training.rows import AttentionTarget, Row
 
 
 def averaged(
@@ -63,28 +63,33 @@ def averaged_grid(features_ND: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _averaged_row(row: Row, shape: tuple[int, int]) -> Row:
-    (rows, columns), full = shape, isqrt(row.num_visual)
+    (rows, columns), full, first = shape, isqrt(row.num_visual), row.first_visual
     window = lambda patch: patch // full * rows // full * columns + patch % full * columns // full
-    first = len(row.prefix) - row.num_visual  # the image tokens end the prefix
-    half = lambda patch: 2 * (2 * (patch // full) * rows // full % 2) + 2 * (patch % full) * columns // full % 2
-    parts = {(first + window(place - first), half(place - first), word) for place, word in row.written}
+    # Which half of its window a patch is in, by rows and by columns: 0 to 3, as in reading order.
+    part_of = lambda patch: 2 * (2 * (patch // full) * rows // full % 2) + 2 * (patch % full) * columns // full % 2
+    words = {(first + window(place - first), part_of(place - first), word) for place, word in row.patch_words}
     facts: dict[tuple[int, int], dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for place, slot, word in row.facts:
-        facts[first + window(place - first), slot][half(place - first)].add(word)
-    looks = [Look(look.place, tuple(sorted({*map(window, look.patches)})), look.is_answer) for look in row.looks]
+    for place, slot, word in row.visual_facts:
+        facts[first + window(place - first), slot][part_of(place - first)].add(word)
+    attention = [
+        AttentionTarget(one.place, tuple(sorted({*map(window, one.patches)})), one.is_answer)
+        for one in row.attention_targets
+    ]
     return replace(
         row,
         prefix=row.prefix[: first + rows * columns],
         num_visual=rows * columns,
-        facts=tuple(sorted(fact for (place, slot), by_part in facts.items() for fact in _told(place, slot, by_part))),
-        looks=tuple(looks),
-        written=(),
-        parts=tuple(sorted(parts)),
+        visual_facts=tuple(
+            sorted(fact for (place, slot), by_part in facts.items() for fact in _window_facts(place, slot, by_part))
+        ),
+        attention_targets=tuple(attention),
+        patch_words=(),
+        window_words=tuple(sorted(words)),
     )
 
 
-def _told(place: int, slot: int, words_by_part: Mapping[int, set[int]]) -> list[tuple[int, int, int]]:
-    """What a window should know in a slot: one word, or where its patches disagree, one in each part that agrees."""
+def _window_facts(place: int, slot: int, words_by_part: Mapping[int, set[int]]) -> list[tuple[int, int, int]]:
+    """The facts of a window in a slot: one word, or where its patches disagree, one for each part that agrees."""
     words = set().union(*words_by_part.values())
     if len(words) == 1:
         return [(place, slot, *words)]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visor.training.encoding import IGNORED, Row
+from visor.training.rows import IGNORED, Row
 
 PADDING, SHARED = -1, 0
 

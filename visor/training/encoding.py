@@ -9,88 +9,14 @@ Shapes: B rows, P prefix tokens, T packed text tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from math import isqrt
 from typing import Any
 
 from torch import Tensor
 
-from visor.embedded.symbolic import PatchWords
-from visor.embedded.vocabulary import SPACE
+from visor.training.auxiliary.scene_targets import TargetsOf, with_targets
 from visor.training.data import BadRow, Example
-from visor.worlds.world import SLOTS, Scene
-
-IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Segment:
-    """The text of one conversation behind the image.
-
-    Args:
-        ids: token ids.
-        labels: for each token the next one, where that is part of an answer, else -100.
-        hints: True where the label is a hint (see `Encoder.hint_tokens`).
-        prompt_end: index of the last token before the first answer.
-    """
-
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    hints: tuple[bool, ...]
-    prompt_end: int
-
-
-@dataclass(frozen=True)
-class Look:
-    """Where a token should look while text reads the image.
-
-    Args:
-        place: index among the row's text tokens.
-        patches: visual tokens that hold what it looks for.
-        is_answer: it is about to say what stands there; else it names it.
-    """
-
-    place: int
-    patches: tuple[int, ...]
-    is_answer: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example, ready for a batch.
-
-    Args:
-        key: names it in the list of skipped rows.
-        prefix: token ids up to the last image token, which all segments share.
-        num_visual: image tokens among them.
-        pixel_inputs: what the processor made of the image.
-        kinds: for each segment what it is about.
-        facts: (index in the prefix, slot, token id) of what visual tokens should know
-            (`visor.training.auxiliary.visual_facts`).
-        asked: (index among the text tokens, slot, token id) of what words of prompts should know
-            (`visor.training.auxiliary.question_facts`).
-        looks: where in the image text tokens should look (`visor.training.auxiliary.attention_supervision`).
-        written: (index in the prefix, token id) of words that stand in patches.
-        parts: (index in the prefix, part, token id) of words that stand in parts of averaged windows
-            (`visor.training.auxiliary.window_words`).
-    """
-
-    key: str
-    prefix: tuple[int, ...]
-    num_visual: int
-    segments: tuple[Segment, ...]
-    pixel_inputs: Mapping[str, Tensor] = field(repr=False)
-    kinds: tuple[str, ...] = ()
-    facts: tuple[tuple[int, int, int], ...] = ()
-    asked: tuple[tuple[int, int, int], ...] = ()
-    looks: tuple[Look, ...] = ()
-    written: tuple[tuple[int, int], ...] = ()
-    parts: tuple[tuple[int, int, int], ...] = ()
-
-    @property
-    def num_text(self) -> int:
-        """Text tokens, packed."""
-        return len(self.prefix) - self.num_visual + sum(len(segment.ids) for segment in self.segments)
+from visor.training.rows import IGNORED, Row, Segment
 
 
 class Encoder:
@@ -101,10 +27,10 @@ class Encoder:
         image_token_ids: ids that stand for visual tokens.
         pixel_names: what the family's forward takes of an image.
         max_text_tokens: longer rows are skipped.
-        hint_tokens: so many tokens before a prompt's last one are asked for the answer's first token too. A training
-            aid for small models: a lookup forms sooner (`visor.embedded.packed_text`).
-        with_facts: rows of built-in worlds carry what visual tokens and words of prompts should know, and where text
-            should look.
+        hint_tokens: so many tokens before a prompt's last one are asked for the answer's first token too: a lookup by
+            a key is then two steps from the key itself, before the answer has to fetch it from there. With such hints
+            small models learned lookups within 350 steps, without them not in 1,500.
+        targets_of: what the auxiliary losses ask of examples with a scene; None asks nothing.
     """
 
     def __init__(
@@ -114,13 +40,12 @@ class Encoder:
         pixel_names: Sequence[str] = ("pixel_values",),
         max_text_tokens: int = 2048,
         hint_tokens: int = 0,
-        with_facts: bool = False,
+        targets_of: TargetsOf | None = None,
     ) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_ids, self.pixel_names = frozenset(image_token_ids), (*pixel_names, "image_sizes")
-        self.max_text_tokens, self.hint_tokens, self.with_facts = max_text_tokens, hint_tokens, with_facts
+        self.max_text_tokens, self.hint_tokens, self.targets_of = max_text_tokens, hint_tokens, targets_of
         self._pieces: dict[tuple, tuple[list[int], list[list[int]]]] = {}
-        self._patch_words: dict[int, PatchWords] = {}
         self._prefixes: dict[tuple, tuple[int, ...]] = {}
 
     def encode(self, example: Example) -> Row:
@@ -133,57 +58,11 @@ class Encoder:
         segments = tuple(self._segment(conversation) for conversation in example.conversations)
         num_visual = sum(token in self.image_ids for token in prefix)
         row = Row(example.key, prefix, num_visual, segments, pixel_inputs, example.kinds)
-        if self.with_facts and example.scene is not None:
-            row = self._with_facts(row, example.scene)
+        if self.targets_of is not None and example.scene is not None:
+            row = with_targets(row, self.targets_of(example.scene, isqrt(num_visual)))
         if row.num_text > self.max_text_tokens:
             raise BadRow(f"{row.num_text} text tokens, more than {self.max_text_tokens} (max_text_tokens)")
         return row
-
-    def _with_facts(self, row: Row, scene: Scene) -> Row:
-        words = self._patch_words.get(row.num_visual)
-        if words is None:
-            words = self._patch_words[row.num_visual] = PatchWords(self.tokenizer, isqrt(row.num_visual))
-        first = len(row.prefix) - row.num_visual
-        place_of = lambda label: first + words.patch_of(label)
-        facts = [(place_of(label), *fact) for label in scene.labels for fact in label.facts]
-        written = sorted({(place_of(label), word) for label in scene.labels for word in label.words})
-        patches_of: dict[str, set[int]] = {}
-        for label in scene.labels:
-            for word in label.words:
-                patches_of.setdefault(word, set()).add(words.patch_of(label))
-        known = {
-            words.vocabulary[piece]: (word, facts_of_word)
-            for word, facts_of_word in scene.known
-            for piece in (word, SPACE + word)
-            if piece in words.vocabulary
-        }
-        asked, looks = [], []
-        for segment, question in zip(row.segments, scene.questions, strict=False):
-            for place, token in enumerate(segment.ids[: segment.prompt_end + 1]):
-                if token in known:
-                    word, facts_of_word = known[token]
-                    asked += [(first + place, *fact) for fact in facts_of_word]
-                    if word in patches_of:
-                        looks.append(Look(first + place, tuple(sorted(patches_of[word])), False))
-            for k, (x, y) in enumerate(question.where):
-                looks.append(Look(first + segment.prompt_end + k, (words.patch_at(x, y),), True))
-            first += len(segment.ids)
-        as_tokens = lambda stated: self._as_tokens(stated, words.vocabulary)
-        numbered = lambda stated: [(place, SLOTS.index(slot), word) for place, slot, word in stated]
-        return replace(
-            row,
-            facts=as_tokens(numbered(facts)),
-            asked=as_tokens(numbered(asked)),
-            looks=tuple(looks),
-            written=as_tokens(written),
-        )
-
-    @staticmethod
-    def _as_tokens(stated: Sequence[tuple[Any, ...]], vocabulary: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
-        """Statements whose last part is a word, with its token id instead."""
-        if unknown := sorted({word for *_, word in stated if word not in vocabulary}):
-            raise BadRow(f"the tokenizer has no one token for the facts {unknown}; set facts_weight to 0")
-        return tuple((*rest, vocabulary[word]) for *rest, word in stated)
 
     def _prefix(self, example: Example) -> tuple[dict[str, Tensor], tuple[int, ...]]:
         """Pixels, and the token ids up to the last image token."""

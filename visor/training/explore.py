@@ -7,7 +7,6 @@ are computed once for all subsets. What has been evaluated is on disk, so both s
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +22,11 @@ from budgets.costs import price
 from budgets.schedule import dense
 from visor.training.batch import Batch
 from visor.training.data import BadRow, Skipped, Stream
-from visor.training.encoding import Encoder, Row
+from visor.training.encoding import Encoder
 from visor.training.forward import Answers, Features, PackedModel, answers_of
 from visor.training.processes import Processes
+from visor.training.rows import Row
+from visor.training.run_folder import write_json
 
 SCORES = ("exact", "likelihood")
 Subset = tuple[int, ...]
@@ -247,10 +248,3 @@ def run_search(
     if processes.is_main:
         write_json(folder / "search.json", document)
     return result
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -19,12 +19,12 @@ from budgets.schedule import LayerMode, LayerOp, Schedule, dense
 from visor.engine.decoder import install, running
 from visor.engine.streams import PromptStreams, take
 from visor.families.base import FamilyAdapter, adapter_for
-from visor.training.auxiliary.attention_supervision import Looks
-from visor.training.auxiliary.question_facts import AskedFacts
-from visor.training.auxiliary.visual_facts import Features, RefinedFacts
-from visor.training.auxiliary.window_words import WrittenWords
+from visor.training.auxiliary.attention_supervision import AttentionSupervision
+from visor.training.auxiliary.question_facts import QuestionFactHead
+from visor.training.auxiliary.visual_facts import Features, VisualFactHead
+from visor.training.auxiliary.window_words import WindowWordHead
 from visor.training.batch import PADDING, SHARED, Batch
-from visor.training.encoding import IGNORED
+from visor.training.rows import IGNORED
 
 TRAINABLE_FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
@@ -46,35 +46,36 @@ class PackedModel:
         self.adapter: FamilyAdapter = adapter_for(self.base)
         self.decoder: nn.Module = self.adapter.decoder
         self.num_layers = len(self.decoder.layers)
-        self.facts: RefinedFacts | None = None
-        self.asked: AskedFacts | None = None
-        self.written: WrittenWords | None = None
-        self.looks: Looks | None = None
+        # Auxiliary losses; their heads are no part of the model and are left behind when it is saved.
+        self.visual_facts: VisualFactHead | None = None
+        self.question_facts: QuestionFactHead | None = None
+        self.window_words: WindowWordHead | None = None
+        self.attention_supervision: AttentionSupervision | None = None
         kernel = getattr(self.decoder.config, "_attn_implementation", "sdpa")
         if kernel not in ("sdpa", "float32_sdpa", "eager"):
             raise ValueError(f"packed training needs a kernel that takes block masks (sdpa), the model uses {kernel!r}")
 
-    def read_facts(self, vocabulary: int) -> None:
-        """From now on, read facts off visual tokens as a side loss.
+    def add_fact_heads(self, vocabulary: int) -> None:
+        """From now on, predict facts from visual tokens as an auxiliary loss.
 
-        VISOR: behind every SELF slot that a CROSS layer follows, and off the text that reads them there. A base model:
+        VISOR: behind every SELF slot that a CROSS layer follows, and from the text that reads them there. A base model:
         behind its lower half; in the upper one text does the reading.
         """
         if self.visor is None:
-            self.facts = RefinedFacts(self.decoder, range(self.num_layers // 2), vocabulary)
+            self.visual_facts = VisualFactHead(self.decoder, range(self.num_layers // 2), vocabulary)
             return
         config = self.visor.config
         read = [layer for layer in config.self_layers if layer < max(config.cross_layers, default=0)]
-        self.facts = RefinedFacts(self.decoder, read, vocabulary)
-        self.asked = AskedFacts(self.decoder, config.cross_layers, vocabulary)
+        self.visual_facts = VisualFactHead(self.decoder, read, vocabulary)
+        self.question_facts = QuestionFactHead(self.decoder, config.cross_layers, vocabulary)
 
-    def read_written(self, vocabulary: int) -> None:
-        """From now on, read off averaged tokens what is written in each part of their windows, as a side loss."""
-        self.written = WrittenWords(self.decoder.config.hidden_size, vocabulary)
+    def add_window_word_head(self, vocabulary: int) -> None:
+        """From now on, predict the words in each part of averaged windows, as an auxiliary loss."""
+        self.window_words = WindowWordHead(self.decoder.config.hidden_size, vocabulary)
 
-    def watch_looks(self) -> None:
-        """From now on, watch where text looks while it reads the image, as a side loss."""
-        self.looks = Looks(self.decoder.cross_blocks, self.visor.config.cross_layers)
+    def supervise_attention(self) -> None:
+        """From now on, supervise where text attends while it reads the image, as an auxiliary loss."""
+        self.attention_supervision = AttentionSupervision(self.decoder.cross_blocks, self.visor.config.cross_layers)
 
     def schedule(self, self_layers: Iterable[int] | None) -> Schedule:
         """TEXT, CROSS and SELF layers of a subset of the slots; None is dense. It holds for any number of tokens."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from visor.training.data import Skipped, Stream
-from visor.training.encoding import Encoder, Row
+from visor.training.encoding import Encoder
 from visor.training.explore import (
     Encoded,
     Subset,
@@ -27,10 +27,11 @@ from visor.training.explore import (
     lengths_of,
     read_rows,
     relative_cost,
-    write_json,
 )
 from visor.training.forward import PackedModel
 from visor.training.processes import Processes
+from visor.training.rows import Row
+from visor.training.run_folder import write_json
 
 
 @dataclass

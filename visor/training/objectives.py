@@ -19,11 +19,17 @@ from visor.training.forward import Answers, Features, PackedModel, answers_of
 
 @dataclass
 class Pass:
-    """One forward pass of a step: what ran, for the log, what came out, and which facts were right, by reader."""
+    """One forward pass of a step.
+
+    Args:
+        name: of what ran, for the log.
+        answers: what came out, with the auxiliary losses in its loss.
+        auxiliary: by auxiliary loss, which of its predictions were right.
+    """
 
     name: str
     answers: Answers
-    facts: dict[str, list[bool]] = field(default_factory=dict)
+    auxiliary: dict[str, list[bool]] = field(default_factory=dict)
 
 
 class Objective(ABC):
@@ -38,72 +44,62 @@ class Objective(ABC):
         """How many they are."""
 
 
-def check_sides(name: str, sides: Sequence[int]) -> tuple[int, ...]:
-    """Sides of token grids.
-
-    Raises:
-        ValueError: not a list of different positive integers.
-    """
-    good = [side for side in sides if isinstance(side, int) and not isinstance(side, bool) and side >= 1]
-    if len(good) != len(sides) or len(set(good)) != len(good):
-        raise ValueError(f"{name} must list different sides of token grids, such as [12, 6, 3], got {list(sides)}")
-    return tuple(sides)
-
-
-Found = tuple[Tensor | None, list[bool]]
-"""A side loss with what was right; None where there was nothing to ask."""
+AuxiliaryLoss = tuple[Tensor | None, list[bool]]
+"""A summed loss with which predictions were right; None where a batch has no targets for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Averaging(Objective):
-    """An objective on averaged grids, with the side loss of the words in their windows
+    """An objective on averaged grids, with the auxiliary loss of the words in their windows
     (`visor.training.auxiliary.window_words`).
 
     Args:
         seed: of all draws.
-        facts_weight: of a word in a window (`written`), or a fact that a visual token should hold
-            (`visor.training.auxiliary.visual_facts`), beside an answer token.
-        written_share: share of the steps that ask for nothing but these words. Such a step runs no decoder.
+        pad_id: token id of padding.
+        hint_weight: of a hint beside an answer token.
+        fact_supervision_weight: of a fact (`visual_facts`, `question_facts`) or a word in a window (`window_words`)
+            beside an answer token.
+        window_words_share: share of the steps on window words alone. Such a step runs no decoder.
     """
 
     seed: int = 0
     pad_id: int = 0
     hint_weight: float = 0.0
-    facts_weight: float = 0.0
-    written_share: float = 0.0
+    fact_supervision_weight: float = 0.0
+    window_words_share: float = 0.0
 
-    def is_on_words_alone(self, step: int) -> bool:
-        """Whether a step asks for words in windows alone; equal on all processes."""
-        return np.random.default_rng([self.seed, step, 17]).random() < self.written_share
+    def is_window_words_step(self, step: int) -> bool:
+        """Whether a step is on window words alone; equal on all processes."""
+        return np.random.default_rng([self.seed, step, 17]).random() < self.window_words_share
 
-    def written(
+    def window_words(
         self,
         packed: PackedModel,
         batch: Batch,
         features: Sequence[Features],
         shapes: Sequence[Callable[[int], tuple[int, int]]],
-    ) -> Found:
+    ) -> AuxiliaryLoss:
         """The mean over some grids, whichever the step runs on: it costs little, and the tower has much to learn."""
-        if packed.written is None:
+        if packed.window_words is None:
             return None, []
         grids = [averaged_rows(batch.rows, features, shape_of) for shape_of in shapes]
-        found = [packed.written.loss_sum(*grid) for grid in grids]
+        found = [packed.window_words.loss_sum(*grid) for grid in grids]
         losses = [loss / len(found) for loss, _ in found if loss is not None]
         return (sum(losses) if losses else None), [ok for _, right in found for ok in right]
 
-    def with_aids(self, name: str, answers: Answers, aids: Sequence[tuple[str, float, Found]]) -> Pass:
-        """A pass with its side losses, each with its name and weight."""
-        facts = {}
-        for aid, weight, (loss, right) in aids:
+    def with_auxiliary(self, name: str, answers: Answers, losses: Sequence[tuple[str, float, AuxiliaryLoss]]) -> Pass:
+        """A pass with its auxiliary losses, each with its name and weight."""
+        auxiliary = {}
+        for own, weight, (loss, right) in losses:
             if loss is not None:
-                answers.loss_sum, facts[aid] = answers.loss_sum + weight * loss, right
-        return Pass(name, answers, facts)
+                answers.loss_sum, auxiliary[own] = answers.loss_sum + weight * loss, right
+        return Pass(name, answers, auxiliary)
 
-    def words_alone(self, found: Found, batch: Batch, features: Sequence[Features]) -> Pass:
-        """A pass that asks no question."""
+    def words_alone(self, words: AuxiliaryLoss, batch: Batch, features: Sequence[Features]) -> Pass:
+        """A pass on window words, in which no question is asked."""
         nothing = [[] for _ in batch.rows]
         answers = Answers(0.0 * features[0][0].sum(), nothing, nothing)
-        return self.with_aids("words", answers, [("written", self.facts_weight, found)])
+        return self.with_auxiliary("words", answers, [("window words", self.fact_supervision_weight, words)])
 
 
 @dataclass(frozen=True)
@@ -117,10 +113,8 @@ class VisorObjective(_Averaging):
         factors: of pooling to draw from (`visor.reduction.pooling_by`), beside the full token grid.
         pooled_share: share of the steps that run on one of the `factors`.
         factor_weights: how often each of the `factors` is drawn, as `weights` says it of the configurations.
-        facts_weight: of a fact that a refined visual token should hold, beside an answer token
-            (`visor.training.auxiliary.visual_facts`), or a word of a question (`asked`), and of a word in an averaged
-            window (`written`).
-        looks_weight: of a look that text should take (`visor.training.auxiliary.attention_supervision`).
+        attention_supervision_weight: of an attention target beside an answer token
+            (`visor.training.auxiliary.attention_supervision`).
     """
 
     configurations: tuple[tuple[int, ...], ...]
@@ -128,7 +122,7 @@ class VisorObjective(_Averaging):
     factors: tuple[int, ...] = ()
     pooled_share: float = 0.0
     factor_weights: tuple[float, ...] = ()
-    looks_weight: float = 0.0
+    attention_supervision_weight: float = 0.0
 
     def __post_init__(self) -> None:
         _shares("configuration_weights", self.weights, len(self.configurations), "configurations")
@@ -147,20 +141,22 @@ class VisorObjective(_Averaging):
     def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
         subset, factor = self.draw(step)
         name = f"{len(subset)} SELF" + (f" pooled {factor}x" if factor else "")
-        written = self.written(packed, batch, features, [_shape_by(each) for each in self.factors])
-        if self.is_on_words_alone(step):
-            yield self.words_alone(written, batch, features)
+        words = self.window_words(packed, batch, features, [_shape_by(each) for each in self.factors])
+        if self.is_window_words_step(step):
+            yield self.words_alone(words, batch, features)
             return
-        aids = [("written", self.facts_weight, written)]
+        weight = self.fact_supervision_weight
+        losses = [("window words", weight, words)]
         if factor is not None:
             batch, features = averaged(batch, features, _shape_by(factor), self.pad_id)
         answers = answers_of(packed.logits(batch, features, subset), batch, self.hint_weight)
-        if packed.facts is not None:
-            aids.append(("facts", self.facts_weight, packed.facts.loss_sum(batch.rows, features, subset)))
-            aids.append(("asked", self.facts_weight, packed.asked.loss_sum(batch.rows, subset)))
-        if packed.looks is not None:
-            aids.append(("looks", self.looks_weight, packed.looks.loss_sum(batch.rows)))
-        yield self.with_aids(name, answers, aids)
+        if packed.visual_facts is not None:
+            losses.append(("visual facts", weight, packed.visual_facts.loss_sum(batch.rows, features, subset)))
+            losses.append(("question facts", weight, packed.question_facts.loss_sum(batch.rows, subset)))
+        if packed.attention_supervision is not None:
+            attention = packed.attention_supervision.loss_sum(batch.rows)
+            losses.append(("attention", self.attention_supervision_weight, attention))
+        yield self.with_auxiliary(name, answers, losses)
 
 
 def _shares(name: str, weights: Sequence[float], number: int, of: str) -> list[float]:
@@ -212,20 +208,20 @@ class NestedPooling(_Averaging):
         return [self.sides[int(i)] for i in order[: self.at_once]]
 
     def num_passes(self, step: int) -> int:
-        return 1 if self.is_on_words_alone(step) else len(self.draw(step))
+        return 1 if self.is_window_words_step(step) else len(self.draw(step))
 
     def passes(self, packed: PackedModel, batch: Batch, features: Sequence[Features], step: int) -> Iterable[Pass]:
         full = min(isqrt(row.num_visual) for row in batch.rows)
         finest = [_square(side) for side in sorted(self.sides) if side < full][-1:]  # that averages anything
-        if self.is_on_words_alone(step):
-            yield self.words_alone(self.written(packed, batch, features, finest), batch, features)
+        if self.is_window_words_step(step):
+            yield self.words_alone(self.window_words(packed, batch, features, finest), batch, features)
             return
         for side in self.draw(step):
-            written = self.written(packed, batch, features, finest)
+            words = self.window_words(packed, batch, features, finest)
             smaller, some = averaged(batch, features, _square(side), self.pad_id)
             answers = answers_of(packed.logits(smaller, some, None), smaller, self.hint_weight)
-            aids = [("written", self.facts_weight, written)]
-            if packed.facts is not None:
-                found = packed.facts.loss_sum(smaller.rows, some, range(packed.num_layers))
-                aids.append(("facts", self.facts_weight, found))
-            yield self.with_aids(f"side {side}", answers, aids)
+            losses = [("window words", self.fact_supervision_weight, words)]
+            if packed.visual_facts is not None:
+                facts = packed.visual_facts.loss_sum(smaller.rows, some, range(packed.num_layers))
+                losses.append(("visual facts", self.fact_supervision_weight, facts))
+            yield self.with_auxiliary(f"side {side}", answers, losses)

@@ -1,4 +1,4 @@
-"""How a stage is optimised: steps, rate, batch, precision, weights of the side losses."""
+"""How a stage is optimised: steps, rate, batch, precision, weights of the auxiliary losses."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Optimisation:
         precision: "bf16" (autocast, float32 weights) or "fp32".
         ema: decay of an exponential moving average of the weights, which then is what the stage yields; 0 is off.
         hint_weight: weight of the hints in the loss (`visor.training.encoding`).
-        facts_weight: weight of a fact in the loss (`visor.training.auxiliary.visual_facts`, `asked`, `written`); 0
-            reads none.
-        looks_weight: weight of a look in the loss (`visor.training.auxiliary.attention_supervision`); 0 watches none.
+        fact_supervision_weight: weight of a fact, or of a word in an averaged window, in the loss
+            (`visor.training.auxiliary`: `visual_facts`, `question_facts`, `window_words`); 0 is off.
+        attention_supervision_weight: weight of an attention target in the loss
+            (`visor.training.auxiliary.attention_supervision`); 0 is off.
         seed: of data order and random choices.
         workers: processes that read and encode data ahead; 0 reads in the training process.
         log_every: steps between log lines.
@@ -49,8 +50,8 @@ class Optimisation:
     precision: str = "bf16"
     ema: float = 0.0
     hint_weight: float = 0.0
-    facts_weight: float = 0.0
-    looks_weight: float = 0.0
+    fact_supervision_weight: float = 0.0
+    attention_supervision_weight: float = 0.0
     seed: int = 0
     workers: int = 0
     log_every: int = 20

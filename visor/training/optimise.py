@@ -1,9 +1,10 @@
-"""The training loop of the VISOR stages: resumable to the bit, and the same for any number of processes.
+"""The training loop of every stage: resumable to the bit, and the same for any number of processes.
 
-What a step does depends on the recipe and the step alone: its examples are the next `batch_size` positions of the
-stream, its random numbers are seeded by it. Processes take turns at the examples; gradients and losses are summed, then
-divided by the answer tokens of the whole step, so two processes take the step of one with the doubled batch, and
-accumulation over micro-batches changes nothing either.
+What a step does depends on the recipe, the step and the stage's own state alone: its examples are numbered by it, its
+random numbers are seeded by it. Gradients, losses and their weights are summed over the processes, then divided, so two
+processes take the step of one with the doubled batch. What a stage trains and minimises is the stage's business
+(`visor.training.stage`): questions packed behind images (`visor.training.packed_stage`), or the stages of the small
+models' dense base.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,69 +19,43 @@ import numpy as np
 import torch
 from torch import nn
 
-from visor.training.batch import Batch
-from visor.training.data import BadRow, Stream
-from visor.training.encoding import Encoder, Row
-from visor.training.forward import PackedModel
-from visor.training.objectives import Objective
+from visor.training.old_names import rename_parameters
 from visor.training.optimisation import Optimisation
-from visor.training.parts import freeze_all_but, readers_of
 from visor.training.processes import Processes
+from visor.training.stage import Stage
 from visor.training.training_log import Tally, TrainingLog
 
-
-class StepData(torch.utils.data.Dataset):
-    """Item `step` is this process's rows of that step, and the rows that could not be used."""
-
-    def __init__(self, stream: Stream, encoder: Encoder, optimisation: Optimisation, rank: int, size: int) -> None:
-        self.stream, self.encoder, self.rank, self.size = stream, encoder, rank, size
-        self.batch_size, self.steps = optimisation.batch_size, optimisation.steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> tuple[list[Row], list[tuple[str, str]]]:
-        rows, skipped = [], []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.size]:
-            example = self.stream.read(position)
-            if isinstance(example, tuple):
-                skipped.append(example)
-                continue
-            try:
-                rows.append(self.encoder.encode(example))
-            except BadRow as error:
-                skipped.append((example.key, str(error)))
-        return rows, skipped
+STATE = "state.pt"
 
 
 class Training:
-    """A model under training: trainable parameters, optimiser, average, data position.
+    """A stage under training: optimiser, average, place in the data.
 
     Args:
-        packed: the model.
-        trainable: names of parts (`parts_of`) whose parameters are updated; the others stand still.
+        stage: what is trained.
+        optimisation: how.
         folder: where `state.pt`, `log.jsonl` and `skipped.jsonl` go.
+        tensorboard: keep a TensorBoard log too.
+
+    Raises:
+        ValueError: the folder holds a run that trained other parameters, or options that do not fit the stage.
     """
 
     def __init__(
         self,
-        packed: PackedModel,
-        trainable: Sequence[str],
-        objective: Objective,
-        stream: Stream,
-        encoder: Encoder,
+        stage: Stage,
         optimisation: Optimisation,
         folder: Path,
         processes: Processes,
         tensorboard: bool = False,
     ) -> None:
-        self.packed, self.objective, self.optimisation = packed, objective, optimisation
-        self.folder, self.processes = folder, processes
+        if optimisation.workers and not stage.reads_ahead:
+            raise ValueError(
+                f"{folder.name}: what a step reads depends on the steps before it; set optimisation.workers to 0"
+            )
+        self.stage, self.optimisation, self.folder, self.processes = stage, optimisation, folder, processes
         folder.mkdir(parents=True, exist_ok=True)
-        packed.model.to(processes.device).train()
-        for reader in readers_of(packed).values():
-            reader.to(processes.device).train()
-        self.parameters = freeze_all_but(packed, trainable)
+        self.parameters = stage.parameters
         matrices = [p for p in self.parameters.values() if p.ndim >= 2]
         vectors = [p for p in self.parameters.values() if p.ndim < 2]
         groups = [
@@ -96,8 +70,6 @@ class Training:
         )
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if optimisation.ema else {}
         self.log = TrainingLog(folder, optimisation, processes, tensorboard)
-        self.data = StepData(stream, encoder, optimisation, processes.rank, processes.size)
-        self.pad_id = encoder.tokenizer.pad_token_id or 0
         self.step, self.seconds = 0, 0.0
         self._resume()
 
@@ -105,7 +77,7 @@ class Training:
 
     @property
     def _state_path(self) -> Path:
-        return self.folder / "state.pt"
+        return self.folder / STATE
 
     def save(self) -> None:
         """Write everything that the rest of the run depends on. Atomic: a kill leaves the last one whole."""
@@ -114,6 +86,7 @@ class Training:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "random": {"torch": torch.get_rng_state()},
+            "stage": self.stage.state(),
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -125,18 +98,21 @@ class Training:
         if not self._state_path.exists():
             return
         state = torch.load(self._state_path, map_location="cpu", weights_only=True)
+        known, average = rename_parameters(state["parameters"]), rename_parameters(state["average"])
         sizes = lambda parameters: {name: tuple(p.shape) for name, p in parameters.items()}
-        if sizes(state["parameters"]) != sizes(self.parameters) or bool(state["average"]) != bool(self.average):
+        if sizes(known) != sizes(self.parameters) or bool(average) != bool(self.average):
             raise ValueError(
                 f"{self._state_path} is of a run that trained other parts; delete the folder to start anew, or repeat "
                 "the recipe that began it"
             )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
-        self.average = {name: value.clone() for name, value in state["average"].items()}
-        self.optimizer.load_state_dict(state["optimizer"])
+                parameter.copy_(known[name])
+        self.average = {name: value.to(self.parameters[name].device) for name, value in average.items()}
+        if "optimizer" in state:  # a state that was packed for elsewhere has none (`without_optimizer`)
+            self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"]["torch"].cpu())
+        self.stage.load_state(state.get("stage", {}))
         self.step, self.seconds = state["step"], state["seconds"]
         if self.processes.is_main:
             self.log.forget_after(self.step)
@@ -148,6 +124,15 @@ class Training:
         for name, value in self.average.items():
             self.parameters[name].copy_(value)
 
+    def summary(self) -> dict[str, Any]:
+        """What `done.json` says of the training."""
+        return {
+            "steps": self.step,
+            "examples": self.step * self.optimisation.batch_size,
+            "seconds": round(self.seconds),
+            "peak_rate": self.optimisation.peak_rate,
+        }
+
     # --- steps --------------------------------------------------------------------------------------------------------
 
     def run(self, stop_after: int | None = None) -> None:
@@ -155,7 +140,7 @@ class Training:
         options, main = self.optimisation, self.processes.is_main
         last = min(options.steps, stop_after or options.steps)
         loader = torch.utils.data.DataLoader(
-            self.data,
+            self.stage.data,
             batch_size=None,
             sampler=range(self.step, last),
             num_workers=options.workers,
@@ -164,16 +149,17 @@ class Training:
         started = time.monotonic() - self.seconds
         saved = logged = time.monotonic()
         tally, steps_since = Tally(), 0
-        for rows, skipped in loader:
+        for examples in loader:
             self._seed()
-            tally.skipped += skipped
-            self._take_step(rows, tally)
+            self._take_step(examples, tally)
+            self.stage.after_step()
             self.step += 1
             steps_since += 1
             now = time.monotonic()
             self.seconds = now - started
             if self.step % options.log_every == 0 or self.step == last:
-                self.log.add(tally, self.step, steps_since, now - logged, self.seconds)
+                entries = self.stage.log_entries()
+                self.log.add(tally, self.step, steps_since, now - logged, self.seconds, entries)
                 tally, steps_since, logged = Tally(), 0, now
             if main and (now - saved >= options.save_every or self.step == last):
                 self.save()
@@ -188,28 +174,24 @@ class Training:
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
 
-    def _take_step(self, rows: Sequence[Row], tally: Tally) -> None:
+    def _take_step(self, examples: Any, tally: Tally) -> None:
         options = self.optimisation
         for group in self.optimizer.param_groups:
             group["lr"] = options.rate(self.step)
-        loss_sum, num_tokens = 0.0, 0
-        for first in range(0, len(rows), options.micro_batch):
-            batch = Batch.of(rows[first : first + options.micro_batch], self.pad_id).to(self.processes.device)
-            loss, tokens = self._backward(batch, tally)
-            loss_sum += loss
-            num_tokens += tokens
+        loss_sum, weight = self.stage.backward(examples, self.step, tally)
+        # All processes must sum as many numbers: a parameter that got no gradient here may have got one elsewhere.
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
-        flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss_sum, num_tokens])])
+        flat = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([loss_sum, weight])])
         flat = self.processes.sum_(flat)
         total = float(flat[-1])
         tally.loss_sum += float(flat[-2])
-        tally.num_tokens += int(total)
-        if total == 0:  # not one usable row in the whole step
+        tally.weight += total
+        if total == 0:  # not one usable example in the whole step
             self.optimizer.zero_grad(set_to_none=True)
             return
         if not torch.isfinite(flat[-2]):
             raise RuntimeError(f"loss {float(flat[-2])} at step {self.step}; last good state: {self._state_path}")
-        flat /= total * self.objective.num_passes(self.step)
+        flat /= total * self.stage.num_passes(self.step)
         parts = flat[:-2].split([g.numel() for g in gradients])
         for parameter, part in zip(self.parameters.values(), parts, strict=True):
             parameter.grad = part.view_as(parameter)
@@ -220,35 +202,14 @@ class Training:
             for name, value in self.average.items():
                 value.lerp_(self.parameters[name], 1 - options.ema)
 
-    def _backward(self, batch: Batch, tally: Tally) -> tuple[float, int]:
-        """Add the gradients of the summed loss of a micro-batch: (loss sum, mean over passes; answer tokens)."""
-        packed, autocast = self.packed, self.processes.autocast
-        with autocast():
-            features = packed.image_features(batch)
-        if wrong := packed.mismatched(batch, features):
-            tally.skipped += [(batch.rows[index].key, reason) for index, reason in wrong]
-            left = batch.without([index for index, _ in wrong], self.pad_id)
-            return (0.0, 0) if left is None else self._backward(left.to(self.processes.device), tally)
-        # Passes share the features: each backward stops there, and the sum of what arrives goes through the tower once.
-        trained = any(level.requires_grad for one in features for level in one)
-        leaves = [tuple(level.detach().requires_grad_(trained) for level in one) for one in features]
-        loss_sum, count = 0.0, self.objective.num_passes(self.step)
-        with autocast():
-            passes = iter(self.objective.passes(packed, batch, leaves, self.step))
-            for one in passes:
-                with torch.autocast(self.processes.device.type, enabled=False):
-                    one.answers.loss_sum.backward()
-                loss_sum += float(one.answers.loss_sum.detach()) / count
-                tally.note(one, batch)
-        if trained:
-            pairs = [
-                (x, leaf.grad)
-                for one, own in zip(features, leaves, strict=True)
-                for x, leaf in zip(one, own, strict=True)
-            ]
-            reached = [(x, grad) for x, grad in pairs if grad is not None]
-            torch.autograd.backward([x for x, _ in reached], [grad for _, grad in reached])
-        return loss_sum, batch.num_answer_tokens
+
+def without_optimizer(source: Path, target: Path) -> None:
+    """A `state.pt` a fifth the size: bfloat16 weights, no optimiser. Training continues from it, not to the bit."""
+    state = torch.load(source, map_location="cpu", weights_only=True)
+    del state["optimizer"]
+    state["parameters"] = {name: value.to(torch.bfloat16) for name, value in state["parameters"].items()}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, target)
 
 
 def _as_it_is(item: Any) -> Any:

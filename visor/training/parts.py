@@ -37,12 +37,16 @@ def freeze_all_but(packed: PackedModel, trainable: Sequence[str]) -> dict[str, n
         for module in parts[name]:
             module.requires_grad_(True)
     found = {name: p for name, p in packed.model.named_parameters() if p.requires_grad}
-    for prefix, reader in readers_of(packed).items():
-        found |= {f"{prefix}.{name}": p for name, p in reader.named_parameters()}
+    for prefix, head in auxiliary_heads(packed).items():
+        found |= {f"{prefix}.{name}": p for name, p in head.named_parameters()}
     return found
 
 
-def readers_of(packed: PackedModel) -> dict[str, nn.Module]:
-    """What reads facts off the hidden states and is trained beside the model, by name."""
-    readers = {"facts": packed.facts, "asked": packed.asked, "written": packed.written}
-    return {name: reader for name, reader in readers.items() if reader is not None}
+def auxiliary_heads(packed: PackedModel) -> dict[str, nn.Module]:
+    """The heads of the auxiliary losses, which are trained beside the model and left behind, by name."""
+    heads = {
+        "visual_facts": packed.visual_facts,
+        "question_facts": packed.question_facts,
+        "window_words": packed.window_words,
+    }
+    return {name: head for name, head in heads.items() if head is not None}

@@ -46,6 +46,14 @@ class Processes:
 
         return gather_object(items)
 
+    def gather_shared(self, items: list) -> list:
+        """What `share` has parted, of all processes, in its undivided order."""
+        parts = self.gather([items])
+        merged = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            merged[rank :: self.size] = part
+        return merged
+
     def wait(self) -> None:
         """Until all are here."""
         self.accelerator.wait_for_everyone()

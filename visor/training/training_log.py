@@ -11,31 +11,44 @@ from typing import Any
 
 import numpy as np
 
-from visor.training.batch import Batch
 from visor.training.data import Skipped
-from visor.training.objectives import Pass
 from visor.training.optimisation import Optimisation
 from visor.training.processes import Processes
 
 
 @dataclass
 class Tally:
-    """What happened since the last log line."""
+    """What happened since the last log line.
+
+    Args:
+        loss_sum, weight: over all processes; their quotient is the loss.
+        right: by kind of question, which answers were right, in this process.
+        passes: by what ran, and by auxiliary loss, which answers or predictions were right, in this process.
+        skipped: (row, reason) of examples that could not be used, in this process.
+    """
 
     loss_sum: float = 0.0
-    num_tokens: int = 0
+    weight: float = 0.0
     right: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     passes: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def note(self, one: Pass, batch: Batch) -> None:
-        """Take in the answers of a pass."""
-        for row, right in zip(batch.rows, one.answers.right, strict=True):
-            self.passes[one.name] += right
-            for kind, ok in zip(row.kinds if right else (), right, strict=True):
+    def answered(self, name: str, kinds: Sequence[Sequence[str]], right: Sequence[Sequence[bool]]) -> None:
+        """Take in the answers of a pass: for each example, of each of its questions, the kind and whether it is right.
+
+        Args:
+            name: of the pass; "" if there is one kind of pass only.
+        """
+        for own_kinds, own_right in zip(kinds, right, strict=True):
+            if name:
+                self.passes[name] += own_right
+            # A pass that asks no question has no answers, whatever the example could be asked.
+            for kind, ok in zip(own_kinds if own_right else (), own_right, strict=True):
                 self.right[kind].append(ok)
-        for reader, right in one.facts.items():
-            self.passes[f"{one.name} {reader}"] += right
+
+    def measured(self, name: str, right: Sequence[bool]) -> None:
+        """Take in which predictions of an auxiliary loss were right."""
+        self.passes[name] += right
 
 
 class TrainingLog:
@@ -62,7 +75,15 @@ class TrainingLog:
             lines = self.path.read_text().splitlines(keepends=True)
             self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
-    def add(self, tally: Tally, step: int, steps: int, seconds: float, total_seconds: float) -> None:
+    def add(
+        self,
+        tally: Tally,
+        step: int,
+        steps: int,
+        seconds: float,
+        total_seconds: float,
+        entries: Mapping[str, str],
+    ) -> None:
         """One line.
 
         Args:
@@ -70,6 +91,7 @@ class TrainingLog:
             step: where the run is.
             steps, seconds: since the last line.
             total_seconds: since the beginning.
+            entries: what else the stage says.
 
         Raises:
             ValueError: too many rows could not be used.
@@ -86,14 +108,15 @@ class TrainingLog:
             "scenes_per_second": round(steps * self.options.batch_size / max(seconds, 1e-9), 2),
             "eta_seconds": round((self.options.steps - step) * seconds / max(1, steps)),
             "rate": self.options.rate(step - 1),
-            "loss": round(tally.loss_sum / max(1, tally.num_tokens), 4),
+            "loss": round(tally.loss_sum / max(1, tally.weight), 4),
             "accuracy": _mean([right for right, _, _ in gathered]),
             "passes": _mean([passes for _, passes, _ in gathered]),
             "skipped": len(self.skipped.reasons),
+            **entries,
         }
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(self._line(row), flush=True)
+        print(self._line(row) + "".join(f" | {entry}" for entry in entries.values()), flush=True)
         if self.writer is not None:
             for name in ("loss", "rate", "scenes_per_second", "skipped"):
                 self.writer.add_scalar(name, row[name], step)

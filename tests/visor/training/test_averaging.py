@@ -10,11 +10,11 @@ from tiny_models import wake_cross_blocks
 from visor.model.conversion import convert
 from visor.reduction.pooling import Pooling
 from visor.reduction.pooling_by import PoolingBy
-from visor.training.auxiliary.word_readers import slot_in
+from visor.training.auxiliary.word_heads import slot_in
 from visor.training.averaging import averaged, averaged_grid
 from visor.training.batch import Batch
 from visor.training.data import Example
-from visor.training.encoding import Encoder, Look
+from visor.training.encoding import Encoder
 from visor.training.forward import PackedModel
 from visor.training.objectives import VisorObjective
 from visor.vision.features import VisionFeatures
@@ -87,20 +87,20 @@ def test_facts_and_looks_move_to_their_windows_and_facts_that_disagree_to_parts_
         batch.rows[0],
         facts=tuple((first + patch, slot, word) for patch, slot, word in facts),
         asked=((1, 2, 7),),
-        looks=(Look(1, (0, 1, 13), False), Look(2, (35,), True)),
+        looks=(AttentionTarget(1, (0, 1, 13), False), AttentionTarget(2, (35,), True)),
     )
     with torch.no_grad():
         features = packed.image_features(batch)
     smaller = averaged(replace(batch, rows=(row, batch.rows[1])), features, BY_2, 0)[0].rows[0]
     left, right = slot_in(0, 2), slot_in(1, 2)
     expected = [(0, 2, 7), (0, 3, 8), (3, 3, 8), (3, left, 9), (3, right, 5), (17, 2, 7)]
-    assert [(place - first, slot, word) for place, slot, word in smaller.facts] == expected
+    assert [(place - first, slot, word) for place, slot, word in smaller.visual_facts] == expected
     quarter = averaged(replace(batch, rows=(row, batch.rows[1])), features, BY_4, 0)[0].rows[0]
     # Patches 0 and 1 are above 6 and 7.
     expected = [(3, 8), (slot_in(0, 2), 7), (slot_in(2, 2), 9), (slot_in(3, 2), 5)]
     assert [fact[1:] for fact in quarter.facts if fact[0] == first] == expected
-    assert smaller.asked == row.asked
-    assert smaller.looks == (Look(1, (0, 6), False), Look(2, (17,), True))
+    assert smaller.question_facts == row.question_facts
+    assert smaller.attention_targets == (AttentionTarget(1, (0, 6), False), AttentionTarget(2, (17,), True))
 
 
 def test_a_step_is_named_by_what_it_ran(packed, batch):

@@ -10,7 +10,8 @@ from visor.embedded.vocabulary import CHAT_TEMPLATE
 from visor.model.conversion import convert
 from visor.training.batch import Batch
 from visor.training.data import BadRow, Example
-from visor.training.encoding import IGNORED, Encoder
+from visor.training.encoding import Encoder
+from visor.training.rows import IGNORED
 from visor.training.forward import PackedModel, answers_of
 
 QUESTIONS = ((("what is it?", "cat"),), (("and the colour of the thing?", "red"),), (("n?", "12"), ("sure?", "yes")))
@@ -102,7 +103,7 @@ def test_m_rope_positions_continue_behind_the_image():
     width = model.config.vision_config.in_channels * model.config.vision_config.temporal_patch_size
     width *= model.config.vision_config.patch_size**2
     pixels = {"pixel_values": torch.randn(32, width), "image_grid_thw": grid}
-    from visor.training.encoding import Row, Segment
+    from visor.training.rows import Row, Segment
 
     texts = [(7, 8, 9, 10), (11, 12, 13)]
     segments = tuple(Segment(text, text[1:] + (14,), (False,) * len(text), 0) for text in texts)

@@ -1,10 +1,12 @@
-"""Facts that a word of a question should know while text reads the image: what CROSS layers are for, taught directly.
+"""Question facts: what a word of a question should know of the image while text reads it, in the CROSS layers.
 
-A word that names a thing, as the letter of a bar, should know what the image says of that thing: its colour, its value
-(`Scene.known`). From answers alone, lookups without SELF layers stay at the guess for thousands of steps; asked on the
-way, where they have to form, they come in hundreds. The base model learned it the same way
-(`visor.training.auxiliary.fact_targets`). A training aid of the built-in worlds, not part of the model, and off unless
-a recipe gives facts a weight.
+A word that names a thing, as the letter of a bar, should know what the image says of that thing: its colour, its value.
+From answers alone, lookups without SELF layers stay at the guess for thousands of steps; supervised on the way, where
+they have to form, they come in hundreds. The base model learned it the same way
+(`visor.training.auxiliary.fact_targets`). An auxiliary loss for scenes with ground truth, not part of the model, and
+off unless a recipe gives facts a weight.
+
+Shapes: B rows, T text tokens, D width, N facts.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from visor.training.auxiliary.word_readers import WordReader
-from visor.training.encoding import Row
+from visor.training.auxiliary.word_heads import WordHead
+from visor.training.rows import Row
 from visor.worlds.world import SLOTS
 
 
-class AskedFacts(WordReader):
-    """Reads facts off the text behind every CROSS layer but the first and the last.
+class QuestionFactHead(WordHead):
+    """Predicts facts from the text behind every CROSS layer but the first and the last.
 
     At the first one a word knows only itself; behind the last one only the answer counts.
 
@@ -40,20 +42,20 @@ class AskedFacts(WordReader):
         if self.training:
             self._seen[layer] = output[0] if isinstance(output, tuple) else output
 
-    def loss_sum(self, rows: Sequence[Row], refined: Sequence[int]) -> tuple[Tensor | None, list[bool]]:
-        """Cross-entropy summed over facts, its mean over the readings, and which facts are right at the last one.
+    def loss_sum(self, rows: Sequence[Row], self_layers: Sequence[int]) -> tuple[Tensor | None, list[bool]]:
+        """Cross-entropy summed over facts, its mean over the layers, and which facts are right behind the last one.
 
         Args:
             rows: of the batch that has just run.
-            refined: layers that ran as SELF, where no text was read.
+            self_layers: layers that ran as SELF, not as CROSS.
 
         Returns:
-            (None, []) where no row's questions name a thing, or no reading was taken.
+            (None, []) where no row's questions name a thing, or no watched layer ran.
         """
         seen, self._seen = self._seen, {}
-        readings = [hidden_BTD for layer, hidden_BTD in sorted(seen.items()) if layer not in refined]
+        readings = [hidden_BTD for layer, hidden_BTD in sorted(seen.items()) if layer not in self_layers]
         # The text stream is padded on the left: places count from its end.
-        facts = [(b, place - row.num_text, *fact) for b, row in enumerate(rows) for place, *fact in row.asked]
+        facts = [(b, place - row.num_text, *fact) for b, row in enumerate(rows) for place, *fact in row.question_facts]
         if not facts or not readings:
             return None, []
         row_N, from_end_N, slot_N, word_N = torch.tensor(facts, device=readings[0].device).unbind(1)

@@ -1,10 +1,12 @@
-"""Facts that visual tokens should hold before text reads them: what tower and SELF layers are for, taught directly.
+"""Visual facts: what visual tokens should hold before text reads them, the work of tower and SELF layers.
 
 A visual token should know what stands elsewhere and belongs to it: the key of a value, its row, the other end of a line
-(`Label.facts`). A CROSS layer then reads it in one look. Asked are the tokens as they enter the decoder, as far as the
-tower can know, and after every SELF layer. From answers alone a small model takes thousands of steps to find this out;
-the base model learned it the same way (`visor.training.auxiliary.fact_targets`). A training aid of the built-in
-worlds, not part of the model, and off unless a recipe gives it a weight.
+(`SceneTargets.facts`). A CROSS layer then reads it in one step. Supervised are the tokens as they enter the decoder, as
+far as the tower can know, and behind every SELF layer. From answers alone a small model takes thousands of steps to
+find this out; the base model learned it the same way (`visor.training.auxiliary.fact_targets`). An auxiliary loss for
+scenes with ground truth, not part of the model, and off unless a recipe gives it a weight.
+
+Shapes: B rows, N visual tokens of an image (facts in subscripts of heads), D width.
 """
 
 from __future__ import annotations
@@ -14,19 +16,19 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from visor.training.auxiliary.word_readers import NUM_SLOTS, WordReader
-from visor.training.encoding import Row
+from visor.training.auxiliary.word_heads import NUM_SLOTS, WordHead
+from visor.training.rows import Row
 
 Features = tuple[Tensor, ...]
 """Projected features [N, D] of one image, and what DeepStack adds to them, a tensor a level."""
 
 
-class RefinedFacts(WordReader):
-    """Reads facts off the visual tokens as they enter, and behind layers that rework them.
+class VisualFactHead(WordHead):
+    """Predicts facts from the visual tokens as they enter the decoder, and behind layers that update them.
 
     Args:
         decoder: whose layers are watched.
-        layers: behind which facts are read.
+        layers: behind which facts are predicted.
         vocabulary: number of words to tell apart.
     """
 
@@ -42,25 +44,25 @@ class RefinedFacts(WordReader):
             self._seen[layer] = output[0] if isinstance(output, tuple) else output
 
     def loss_sum(
-        self, rows: Sequence[Row], features: Sequence[Features], refined: Iterable[int]
+        self, rows: Sequence[Row], features: Sequence[Features], self_layers: Iterable[int]
     ) -> tuple[Tensor | None, list[bool]]:
-        """Cross-entropy summed over facts, its mean over the readings, and which facts are right at the last one.
+        """Cross-entropy summed over facts, its mean over the layers, and which facts are right behind the last one.
 
         Args:
             rows: of the batch that has just run.
             features: of their images, as the decoder got them.
-            refined: SELF layers that ran; at the others the visual tokens stood still.
+            self_layers: that ran; in the others the visual tokens stay as they are.
 
         Returns:
             (None, []) where no row has facts.
         """
         seen, self._seen = self._seen, {}
-        facts = [(b, *fact) for b, row in enumerate(rows) for fact in row.facts]
+        facts = [(b, *fact) for b, row in enumerate(rows) for fact in row.visual_facts]
         if not facts:
             return None, []
         device = features[0][0].device
         row_N, place_N, slot_N, word_N = torch.tensor(facts, device=device).unbind(1)
-        first = [len(row.prefix) - row.num_visual for row in rows]  # the image tokens end the prefix
+        first = [row.first_visual for row in rows]
         readings = [torch.stack([features[b][0][place - first[b]] for b, place, _, _ in facts])]
-        readings += [seen[layer][row_N, place_N] for layer in self._watched if layer in set(refined)]
+        readings += [seen[layer][row_N, place_N] for layer in self._watched if layer in set(self_layers)]
         return self.read(readings, slot_N, word_N)

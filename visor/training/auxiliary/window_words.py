@@ -1,9 +1,9 @@
-"""What stands in which part of an averaged window: what the tower has to keep apart, taught directly.
+"""Window words: which words stand in which part of an averaged window, so that the tower keeps the parts apart.
 
-A mean of neighbouring tokens says what is written there, but not in which order, unless the tower has written the same
-character differently on the left and on the right. From answers alone it takes thousands of steps to find that out. A
-training aid of the built-in worlds for VISOR-TR and M3, not part of the model, and off unless a recipe gives facts a
-weight.
+A mean of neighbouring tokens says which characters stand there, but not in which order, unless the tower encodes the
+same character differently on the left and on the right. From answers alone it takes thousands of steps to find that
+out. An auxiliary loss for VISOR-TR and M3 on scenes with ground truth, not part of the model, and off unless a recipe
+gives facts a weight.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from visor.training.auxiliary.visual_facts import Features
-from visor.training.auxiliary.word_readers import PARTS, WordReader
-from visor.training.encoding import Row
+from visor.training.auxiliary.word_heads import PARTS, WordHead
+from visor.training.rows import Row
 
 
-class WrittenWords(WordReader):
-    """Reads words off averaged tokens as they enter the decoder, by the part of the window where they stand.
+class WindowWordHead(WordHead):
+    """Predicts words from averaged tokens as they enter the decoder, by the part of the window where they stand.
 
     Args:
         width: of the decoder.
@@ -37,12 +37,12 @@ class WrittenWords(WordReader):
             features: of their images, averaged.
 
         Returns:
-            (None, []) where no row tells parts of windows.
+            (None, []) where no row has window words.
         """
         words = [
-            (b, place - len(row.prefix) + row.num_visual, part, word)  # the image tokens end the prefix
+            (b, place - row.first_visual, part, word)
             for b, row in enumerate(rows)
-            for place, part, word in row.parts
+            for place, part, word in row.window_words
         ]
         if not words:
             return None, []

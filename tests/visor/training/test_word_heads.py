@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from visor.training.auxiliary.word_readers import WordReader
+from visor.training.auxiliary.word_heads import WordHead
 
 
 def test_slot_by_slot_equals_all_at_once_and_keeps_the_order_of_the_facts():
     torch.manual_seed(0)
-    reader = WordReader(8, 5, 11)
+    reader = WordHead(8, 5, 11)
     readings = [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
     slot_N = torch.tensor([3, 0, 3, 4, 0, 1])
     with torch.no_grad():  # the reader is right about the facts 0, 3 and 5

@@ -21,7 +21,7 @@ from visor.training.run import load_model, main, run_stage
 QUICK = ["optimisation.steps=2", "optimisation.batch_size=2", "optimisation.log_every=1", "optimisation.warmup=1"]
 WORLDS = "data=[{worlds: [forms, scenes], split: train, questions: 2}]"
 SLOTS = ["conversion.self_layers=null", "conversion.cross_layers=null"]  # the base has six layers
-PLAIN = ("optimisation.facts_weight=0", "optimisation.looks_weight=0")  # and no words for facts
+PLAIN = ("optimisation.fact_supervision_weight=0", "optimisation.attention_supervision_weight=0")  # and no words for facts
 LOOK = [WORLDS.replace("train", "validation"), "exploration.num_examples=6", "exploration.batch_size=3"]
 CHANGES = {
     "blocks": [*QUICK, WORLDS, *SLOTS],

@@ -1,4 +1,4 @@
-"""Words read off hidden states: what the training aids `refined`, `asked` and `written` have in common.
+"""Linear heads that predict words from hidden states: what the auxiliary losses of facts and words have in common.
 
 Shapes: N facts, D width, S slots (kinds of facts), W vocabulary.
 """
@@ -22,8 +22,8 @@ def slot_in(part: int, slot: int) -> int:
     return len(SLOTS) * (1 + part) + slot
 
 
-class WordReader(nn.Module):
-    """A linear reading of normed hidden states, one word of the vocabulary for each slot.
+class WordHead(nn.Module):
+    """A linear classifier of normed hidden states, one word of the vocabulary for each slot.
 
     Args:
         width: of the hidden states.
@@ -39,10 +39,11 @@ class WordReader(nn.Module):
         nn.init.normal_(self.classifier.weight, std=width**-0.5)
 
     def read(self, readings: Sequence[Tensor], slot_N: Tensor, word_N: Tensor) -> tuple[Tensor, list[bool]]:
-        """Cross-entropy summed over facts, its mean over the readings, and which facts are right at the last one.
+        """Cross-entropy summed over facts, its mean over the layers, and which facts are right behind the last one.
 
         Args:
-            readings: hidden states [N, D], one for each fact, each time it is read.
+            readings: for each layer, the hidden states [N, D] that should tell the facts.
+            slot_N, word_N: kind and token id of each fact.
         """
         total, right_N = 0.0, torch.empty(0, dtype=torch.bool)
         # Slot by slot: the words of all slots for every fact would be many times the work.

@@ -13,7 +13,7 @@ from visor.model.conversion import convert
 from visor.training.auxiliary.attention_supervision import LEAST
 from visor.training.batch import Batch
 from visor.training.data import Example, WorldSource
-from visor.training.encoding import Encoder, Look
+from visor.training.encoding import Encoder
 from visor.training.forward import PackedModel
 from visor.training.objectives import VisorObjective
 from visor.worlds.worlds import scene
@@ -33,12 +33,12 @@ def test_looks_go_to_what_is_named_and_to_what_is_said(world):
     for segment in row.segments:
         text += segment.ids
         labels += segment.labels
-    for look in row.looks:
+    for look in row.attention_targets:
         word = tokenizer.decode([labels[look.place] if look.is_answer else text[look.place]]).strip()
         assert all(word in held[patch] for patch in look.patches)
     said = sum(len(question.where) for question in drawn.questions)
-    assert sum(look.is_answer for look in row.looks) == said and (said > 0) == (world != "scenes")
-    assert any(not look.is_answer for look in row.looks) == (world in ("charts", "connections", "scenes"))
+    assert sum(look.is_answer for look in row.attention_targets) == said and (said > 0) == (world != "scenes")
+    assert any(not look.is_answer for look in row.attention_targets) == (world in ("charts", "connections", "scenes"))
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def looking():
     """(model whose looks are watched, a batch of two rows of different lengths, its features)."""
     torch.manual_seed(0)
     packed = PackedModel(wake_cross_blocks(convert(make_llava(), self_layers=[1, 3], cross_layers=[0, 2, 4, 5])))
-    packed.watch_looks()
+    packed.supervise_attention()
     packed.model.train()
     encoder = Encoder(make_processor(), packed.adapter.image_token_ids)
     texts = ("what 1?", "what is in 1 2?")
     rows = [encoder.encode(Example(t, make_image(i), (((t, "1"),),), ("k",))) for i, t in enumerate(texts)]
     rows = [
-        replace(row, looks=(Look(row.num_text - 3, (1, 4), False), Look(row.num_text - 2, (slot,), True)))
+        replace(row, looks=(AttentionTarget(row.num_text - 3, (1, 4), False), AttentionTarget(row.num_text - 2, (slot,), True)))
         for row, slot in zip(rows, (3, 2), strict=True)
     ]
     assert rows[0].num_text != rows[1].num_text
@@ -85,35 +85,35 @@ def test_the_loss_is_of_the_attention_that_the_blocks_compute(looking):
         packed.logits(Batch.of([row], 0, multiple=1), [features[b]], (1,))
         for hook in hooks:
             hook.remove()
-        for look in row.looks:
+        for look in row.attention_targets:
             for layer in (4, 5) if look.is_answer else (0,):
                 attention_V = attention_of(packed, layer, seen[layer])[look.place]
                 mass = attention_V[list(look.patches)].sum().clamp(min=LEAST)
                 expected -= mass.log().item() / (2 if look.is_answer else 1)
             found.append((look.is_answer, int(attention_V.argmax()) in look.patches))
     packed.logits(batch, features, (1,))
-    loss, right = packed.looks.loss_sum(batch.rows)
+    loss, right = packed.attention_supervision.loss_sum(batch.rows)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert right == [ok for _, ok in sorted(found, key=lambda one: one[0])]
-    assert packed.looks.loss_sum(batch.rows) == (None, [])  # watched once
+    assert packed.attention_supervision.loss_sum(batch.rows) == (None, [])  # watched once
 
 
 def test_nothing_is_watched_in_evaluation_or_without_looks(looking):
     packed, batch, features = looking
     packed.logits(batch, features, ())
-    assert packed.looks.loss_sum([replace(row, looks=()) for row in batch.rows]) == (None, [])
+    assert packed.attention_supervision.loss_sum([replace(row, looks=()) for row in batch.rows]) == (None, [])
     packed.model.eval()
     packed.logits(batch, features, ())
-    assert packed.looks.loss_sum(batch.rows) == (None, [])
+    assert packed.attention_supervision.loss_sum(batch.rows) == (None, [])
 
 
 def test_looks_join_the_loss_and_are_learned(looking):
     packed, batch, features = looking
     features = [tuple(x.detach() for x in one) for one in features]
-    objective, plain = VisorObjective(((1, 3),), looks_weight=2.0), VisorObjective(((1, 3),))
+    objective, plain = VisorObjective(((1, 3),), attention_supervision_weight=2.0), VisorObjective(((1, 3),))
     (one,), (other,) = (list(each.passes(packed, batch, features, 0)) for each in (objective, plain))
     packed.logits(batch, features, (1, 3))
-    loss, _ = packed.looks.loss_sum(batch.rows)
+    loss, _ = packed.attention_supervision.loss_sum(batch.rows)
     assert one.answers.loss_sum.item() == pytest.approx(other.answers.loss_sum.item() + 2 * loss.item(), rel=1e-5)
     optimizer = torch.optim.Adam(packed.model.parameters(), 1e-2)
     for _ in range(60):
@@ -122,5 +122,5 @@ def test_looks_join_the_loss_and_are_learned(looking):
         one.answers.loss_sum.backward()
         optimizer.step()
     packed.logits(batch, features, (1, 3))
-    after, right = packed.looks.loss_sum(batch.rows)
+    after, right = packed.attention_supervision.loss_sum(batch.rows)
     assert right == [True] * 4 and after.item() < 0.3 * loss.item()

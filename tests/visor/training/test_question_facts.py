@@ -30,8 +30,8 @@ def test_facts_stand_at_the_words_of_questions_that_name_things(world):
         text += segment.ids
         is_prompt += [place <= segment.prompt_end for place in range(len(segment.ids))]
     known = {word: {(SLOTS.index(slot), fact) for slot, fact in facts} for word, facts in drawn.known}
-    stated = {place: set() for place, _, _ in row.asked}
-    for place, slot, word in row.asked:
+    stated = {place: set() for place, _, _ in row.question_facts}
+    for place, slot, word in row.question_facts:
         assert is_prompt[place]
         stated[place].add((slot, tokenizer.decode([word]).strip()))
     named = {
@@ -47,7 +47,7 @@ def reading():
     """(model that reads facts, a batch of two rows of different lengths, which ask for facts, its features)."""
     torch.manual_seed(0)
     packed = PackedModel(wake_cross_blocks(convert(make_llava(), self_layers=[1, 3], cross_layers=[0, 2, 4, 5])))
-    packed.read_facts(20)
+    packed.add_fact_heads(20)
     encoder = Encoder(make_processor(), packed.adapter.image_token_ids)
     texts = ("what 1?", "what is in 1 2?")
     rows = [encoder.encode(Example(t, make_image(i), (((t, "1"),),), ("k",))) for i, t in enumerate(texts)]
@@ -63,7 +63,7 @@ def reading():
 @pytest.mark.parametrize("subset", [(), (1, 3)])
 def test_text_is_read_behind_the_cross_layers_in_the_middle(reading, subset):
     packed, batch, features = reading
-    packed.asked.train()
+    packed.question_facts.train()
     expected = 0.0
     for b, row in enumerate(batch.rows):  # each row alone, where no padding shifts a place
         alone = Batch.of([row], 0, multiple=1)
@@ -75,33 +75,33 @@ def test_text_is_read_behind_the_cross_layers_in_the_middle(reading, subset):
             hook.remove()
         for hidden_1TD in outputs:
             hidden_1TD = hidden_1TD[0] if isinstance(hidden_1TD, tuple) else hidden_1TD
-            for place, slot, word in row.asked:
-                logits_SW = packed.asked.classifier(packed.asked.norm(hidden_1TD[0, place])).view(len(SLOTS), 20)
+            for place, slot, word in row.question_facts:
+                logits_SW = packed.question_facts.classifier(packed.question_facts.norm(hidden_1TD[0, place])).view(len(SLOTS), 20)
                 expected -= logits_SW[slot].log_softmax(-1)[word].item() / 2
     packed.logits(batch, features, subset)
-    loss, right = packed.asked.loss_sum(batch.rows, subset)
+    loss, right = packed.question_facts.loss_sum(batch.rows, subset)
     assert len(right) == 4 and loss.item() == pytest.approx(expected, rel=1e-5)
-    assert packed.asked.loss_sum(batch.rows, subset) == (None, [])  # a reading is taken once
+    assert packed.question_facts.loss_sum(batch.rows, subset) == (None, [])  # a reading is taken once
 
 
 def test_without_things_that_are_named_or_in_evaluation_nothing_is_asked(reading):
     packed, batch, features = reading
-    packed.asked.train()
+    packed.question_facts.train()
     packed.logits(batch, features, ())
-    assert packed.asked.loss_sum([replace(row, asked=()) for row in batch.rows], ()) == (None, [])
-    packed.asked.eval()
+    assert packed.question_facts.loss_sum([replace(row, asked=()) for row in batch.rows], ()) == (None, [])
+    packed.question_facts.eval()
     packed.logits(batch, features, ())
-    assert packed.asked.loss_sum(batch.rows, ()) == (None, [])
+    assert packed.question_facts.loss_sum(batch.rows, ()) == (None, [])
 
 
 @pytest.mark.parametrize("factor", [None, 2])
 def test_asked_facts_join_the_loss_and_are_learned(reading, factor):
     packed, batch, features = reading
-    packed.asked.train()
+    packed.question_facts.train()
     objective = VisorObjective(
-        ((1, 3),), factors=(factor,) if factor else (), pooled_share=1.0 if factor else 0.0, facts_weight=2.0
+        ((1, 3),), factors=(factor,) if factor else (), pooled_share=1.0 if factor else 0.0, fact_supervision_weight=2.0
     )
-    optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.asked.parameters()], 1e-2)
+    optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.question_facts.parameters()], 1e-2)
     losses = []
     for _ in range(30):
         (one,) = objective.passes(packed, batch, [tuple(x.detach() for x in f) for f in features], 0)
@@ -109,5 +109,5 @@ def test_asked_facts_join_the_loss_and_are_learned(reading, factor):
         one.answers.loss_sum.backward()
         optimizer.step()
         losses.append(one.answers.loss_sum.item())
-    assert one.facts == {"asked": [True] * 4}
+    assert one.auxiliary == {"asked": [True] * 4}
     assert losses[-1] < 0.2 * losses[0]

@@ -10,7 +10,7 @@ from tiny_models import wake_cross_blocks
 from visor.embedded.symbolic import PatchWords
 from visor.embedded.vocabulary import build_processor
 from visor.model.conversion import convert
-from visor.training.auxiliary.word_readers import NUM_SLOTS
+from visor.training.auxiliary.word_heads import NUM_SLOTS
 from visor.training.batch import Batch
 from visor.training.data import BadRow, Example, WorldSource
 from visor.training.encoding import Encoder
@@ -32,8 +32,8 @@ def test_facts_stand_at_the_patch_of_their_label():
         for label in scene("forms", "train", 3).labels
         for slot, word in label.facts
     }
-    assert expected and set(row.facts) == expected
-    assert all(row.prefix[place] == image_id for place, _, _ in row.facts)
+    assert expected and set(row.visual_facts) == expected
+    assert all(row.prefix[place] == image_id for place, _, _ in row.visual_facts)
     assert Encoder(processor, [image_id]).encode(example).facts == ()
 
 
@@ -42,7 +42,7 @@ def test_a_tokenizer_without_the_words_is_told_so():
     labelled = Example("x", make_image(0), ((("what 1?", "1"),),), ("k",), scene("scenes", "train", 0))
     labels = tuple(replace(label, facts=(("color", "no-such-word"),)) for label in labelled.scene.labels)
     encoder = Encoder(make_processor(), packed.adapter.image_token_ids, with_facts=True)
-    with pytest.raises(BadRow, match="no-such-word.*facts_weight to 0"):
+    with pytest.raises(BadRow, match="no-such-word.*fact_supervision_weight to 0"):
         encoder.encode(replace(labelled, scene=replace(labelled.scene, labels=labels)))
 
 
@@ -52,8 +52,8 @@ def reading():
     torch.manual_seed(0)
     model = wake_cross_blocks(convert(make_llava(), self_layers=[1, 3, 5], cross_layers=[0, 2, 4]))
     packed = PackedModel(model)
-    packed.read_facts(20)
-    packed.facts.train()
+    packed.add_fact_heads(20)
+    packed.visual_facts.train()
     encoder = Encoder(make_processor(), packed.adapter.image_token_ids)
     rows = [encoder.encode(Example(f"r{i}", make_image(i), ((("what 1?", "1"),),), ("k",))) for i in range(2)]
     first = len(rows[0].prefix) - rows[0].num_visual
@@ -71,47 +71,47 @@ def test_the_input_and_layers_that_ran_before_the_last_cross_layer_are_read(read
             lambda _, __, output, seen=seen: seen.append(output[0] if isinstance(output, tuple) else output)
         )
     packed.logits(batch, features, subset)
-    loss, right = packed.facts.loss_sum(batch.rows, features, subset)
+    loss, right = packed.visual_facts.loss_sum(batch.rows, features, subset)
     first, expected = len(batch.rows[1].prefix) - batch.rows[1].num_visual, 0.0
     for layer in [None, *read]:
-        for place, slot, word in batch.rows[1].facts:
+        for place, slot, word in batch.rows[1].visual_facts:
             hidden_D = features[1][0][place - first] if layer is None else layers[layer][0][1, place]
-            logits_SW = packed.facts.classifier(packed.facts.norm(hidden_D)).view(NUM_SLOTS, 20)
+            logits_SW = packed.visual_facts.classifier(packed.visual_facts.norm(hidden_D)).view(NUM_SLOTS, 20)
             expected -= logits_SW[slot].log_softmax(-1)[word]
     assert len(right) == 2 and loss.item() == pytest.approx(expected.item() / (1 + len(read)), rel=1e-5)
-    assert packed.facts.loss_sum(batch.rows[:1], features[:1], subset) == (None, [])
+    assert packed.visual_facts.loss_sum(batch.rows[:1], features[:1], subset) == (None, [])
 
 
 def test_facts_join_the_loss_and_are_learned(reading):
     packed, batch, features = reading
-    objective = VisorObjective(((1, 3, 5),), facts_weight=2.0)
+    objective = VisorObjective(((1, 3, 5),), fact_supervision_weight=2.0)
     plain = VisorObjective(((1, 3, 5),))
     (one,), (other,) = (list(each.passes(packed, batch, features, 0)) for each in (objective, plain))
     packed.logits(batch, features, (1, 3, 5))
-    facts, _ = packed.facts.loss_sum(batch.rows, features, (1, 3, 5))
+    facts, _ = packed.visual_facts.loss_sum(batch.rows, features, (1, 3, 5))
     assert one.answers.loss_sum.item() == pytest.approx(other.answers.loss_sum.item() + 2 * facts.item(), rel=1e-5)
-    optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.facts.parameters()], 1e-2)
+    optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.visual_facts.parameters()], 1e-2)
     for _ in range(30):
         (one,) = objective.passes(packed, batch, [tuple(x.detach() for x in f) for f in features], 0)
         optimizer.zero_grad()
         one.answers.loss_sum.backward()
         optimizer.step()
-    assert one.facts == {"facts": [True, True]}
+    assert one.auxiliary == {"facts": [True, True]}
 
 
 def test_the_rival_is_taught_them_too(reading):
     _, batch, _ = reading
     packed = PackedModel(make_llava())
-    packed.read_facts(20)
-    packed.facts.train()
+    packed.add_fact_heads(20)
+    packed.visual_facts.train()
     features = packed.image_features(batch)
-    objective = NestedPooling((6,), facts_weight=2.0)
+    objective = NestedPooling((6,), fact_supervision_weight=2.0)
     (one,), (plain,) = (
-        list(each.passes(packed, batch, features, 0)) for each in (objective, replace(objective, facts_weight=0.0))
+        list(each.passes(packed, batch, features, 0)) for each in (objective, replace(objective, fact_supervision_weight=0.0))
     )
     logits = packed.logits(batch, features, None)
-    facts, right = packed.facts.loss_sum(batch.rows, features, range(packed.num_layers))
-    assert len(logits) and one.facts == {"facts": right} and packed.asked is None
+    facts, right = packed.visual_facts.loss_sum(batch.rows, features, range(packed.num_layers))
+    assert len(logits) and one.auxiliary == {"facts": right} and packed.question_facts is None
     assert one.answers.loss_sum.item() == pytest.approx(plain.answers.loss_sum.item() + 2 * facts.item(), rel=1e-5)
     read = [i for i in range(packed.num_layers) if packed.decoder.layers[i]._forward_hooks]
     assert read == list(range(packed.num_layers // 2))  # above them, text reads

@@ -28,13 +28,13 @@ def test_words_stand_in_the_part_of_the_window_where_the_scene_has_them(world, f
     row = Encoder(processor, [image_id], with_facts=True).encode(WorldSource(world).read(5))
     smaller = averaged(Batch.of([row], 0), [(torch.zeros(144, 4),)], lambda _: SHAPES[factor], 0)[0].rows[0]
     first, (rows, columns) = len(row.prefix) - 144, SHAPES[factor]
-    stated = {(place - first, part, tokenizer.decode([word])) for place, part, word in smaller.parts}
+    stated = {(place - first, part, tokenizer.decode([word])) for place, part, word in smaller.window_words}
     expected = set()
     for label in drawn.labels:
         x, y = (min(11, int(v / 12)) for v in (label.x, label.y))
         part = x % 2 + (2 * (y % 2) if factor == 4 else 0)
         expected |= {((y * rows // 12) * columns + x // 2, part, word) for word in label.words}
-    assert stated == expected and row.parts == () and smaller.written == ()
+    assert stated == expected and row.window_words == () and smaller.patch_words == ()
     assert Encoder(processor, [image_id]).encode(WorldSource(world).read(5)).written == ()
 
 
@@ -57,18 +57,18 @@ def batch_of():
 
 def test_the_loss_is_of_the_averaged_features_and_full_grids_are_not_asked(batch_of):
     packed = PackedModel(convert(make_llava(), self_layers=[1, 3], cross_layers=[0, 2, 4]))
-    packed.read_written(20)
+    packed.add_window_word_head(20)
     batch = batch_of(packed)
     features = packed.image_features(batch)
     smaller, some = averaged(batch, features, lambda _: (6, 3), 0)
-    loss, right = packed.written.loss_sum(smaller.rows, some)
+    loss, right = packed.window_words.loss_sum(smaller.rows, some)
     expected, found = 0.0, []
     for b, window, part, word in ((0, 0, 0, 7), (0, 0, 1, 8), (1, 0, 0, 8), (1, 17, 1, 9)):
-        logits_PW = packed.written.classifier(packed.written.norm(some[b][0][window])).view(4, 20)
+        logits_PW = packed.window_words.classifier(packed.window_words.norm(some[b][0][window])).view(4, 20)
         expected -= logits_PW[part].log_softmax(-1)[word].item()
         found.append(int(logits_PW[part].argmax()) == word)
     assert loss.item() == pytest.approx(expected, rel=1e-5) and right == found
-    assert packed.written.loss_sum(batch.rows, features) == (None, [])
+    assert packed.window_words.loss_sum(batch.rows, features) == (None, [])
 
 
 @pytest.mark.parametrize("rival", [False, True])
@@ -76,52 +76,52 @@ def test_written_words_join_the_loss_and_are_learned_by_visor_and_by_m3(batch_of
     torch.manual_seed(0)
     model = make_llava()
     packed = PackedModel(model if rival else convert(model, self_layers=[1, 3], cross_layers=[0, 2, 4]))
-    packed.read_written(20)
+    packed.add_window_word_head(20)
     batch = batch_of(packed)
     if rival:
-        objective = NestedPooling((3,), facts_weight=2.0)
+        objective = NestedPooling((3,), fact_supervision_weight=2.0)
     else:
-        objective = VisorObjective(((1, 3),), factors=(4,), pooled_share=1.0, facts_weight=2.0)
-    (plain,) = replace(objective, facts_weight=0.0).passes(packed, batch, packed.image_features(batch), 0)
+        objective = VisorObjective(((1, 3),), factors=(4,), pooled_share=1.0, fact_supervision_weight=2.0)
+    (plain,) = replace(objective, fact_supervision_weight=0.0).passes(packed, batch, packed.image_features(batch), 0)
     (one,) = objective.passes(packed, batch, packed.image_features(batch), 0)
     smaller, some = averaged(batch, packed.image_features(batch), lambda _: (3, 3), 0)
-    loss, _ = packed.written.loss_sum(smaller.rows, some)
+    loss, _ = packed.window_words.loss_sum(smaller.rows, some)
     assert one.answers.loss_sum.item() == pytest.approx(plain.answers.loss_sum.item() + 2 * loss.item(), rel=1e-5)
-    optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.written.parameters()], 1e-2)
+    optimizer = torch.optim.Adam([*packed.model.parameters(), *packed.window_words.parameters()], 1e-2)
     for _ in range(60):
         (one,) = objective.passes(packed, batch, packed.image_features(batch), 0)
         optimizer.zero_grad()
         one.answers.loss_sum.backward()
         optimizer.step()
-    assert one.facts["written"] == [True] * 4
+    assert one.auxiliary["written"] == [True] * 4
 
 
 @pytest.mark.parametrize("rival", [False, True])
 def test_a_share_of_the_steps_asks_for_words_alone_and_moves_no_decoder(batch_of, rival):
     model = make_llava()
     packed = PackedModel(model if rival else convert(model, self_layers=[1, 3], cross_layers=[0, 2, 4]))
-    packed.read_written(20)
+    packed.add_window_word_head(20)
     batch = batch_of(packed)
-    how = {"facts_weight": 2.0, "written_share": 0.5, "seed": 3}
+    how = {"fact_supervision_weight": 2.0, "window_words_share": 0.5, "seed": 3}
     objective = NestedPooling((6, 3), **how) if rival else VisorObjective(((),), factors=(2, 4), **how)
     alone = [step for step in range(60) if objective.is_on_words_alone(step)]
     assert 15 < len(alone) < 45 and all(objective.num_passes(step) == 1 for step in alone)
     (one,) = objective.passes(packed, batch, packed.image_features(batch), alone[0])
     one.answers.loss_sum.backward()
-    assert one.name == "words" and one.answers.right == [[], []] and set(one.facts) == {"written"}
+    assert one.name == "words" and one.answers.right == [[], []] and set(one.auxiliary) == {"written"}
     moved = {name for name, p in packed.model.named_parameters() if p.grad is not None and p.grad.any()}
     assert any("projector" in name for name in moved) and not any("language_model" in name for name in moved)
     asked = next(step for step in range(60) if step not in alone)
     assert all(one.answers.right[0] for one in objective.passes(packed, batch, packed.image_features(batch), asked))
-    assert not any(replace(objective, written_share=0.0).is_on_words_alone(step) for step in range(60))
+    assert not any(replace(objective, window_words_share=0.0).is_on_words_alone(step) for step in range(60))
 
 
 def test_a_batch_without_words_moves_nothing(batch_of):
     packed = PackedModel(convert(make_llava(), self_layers=[1, 3], cross_layers=[0, 2, 4]))
-    packed.read_written(20)
+    packed.add_window_word_head(20)
     batch = batch_of(packed)
     batch = replace(batch, rows=tuple(replace(row, written=()) for row in batch.rows))
-    objective = VisorObjective(((),), factors=(2,), facts_weight=1.0, written_share=1.0)
+    objective = VisorObjective(((),), factors=(2,), fact_supervision_weight=1.0, window_words_share=1.0)
     (one,) = objective.passes(packed, batch, packed.image_features(batch), 0)
     one.answers.loss_sum.backward()
-    assert one.facts == {} and not any(p.grad is not None and p.grad.any() for p in packed.model.parameters())
+    assert one.auxiliary == {} and not any(p.grad is not None and p.grad.any() for p in packed.model.parameters())
