@@ -1,4 +1,4 @@
-"""From a training checkpoint to a shipped model: bf16 safetensors, tokenizer, processor, model card.
+"""From a training checkpoint to the shipped dense model: bf16 safetensors, tokenizer, processor, model card.
 
     python -m visor.embedded.export --run runs/tiny --out visor/checkpoints/dense-tiny
     python -m evaluations.run --suite all --methods dense --out runs/card
@@ -6,8 +6,8 @@
 
     python -m visor.embedded.export --run runs/tiny --unfinished --out packed
 
-The first line writes the model, the third its card with the accuracy that the benchmark measured. The last
-packs a training that is to go on elsewhere: copy the folder to runs/tiny there, and run the stage again.
+The first line writes the model, the third its card with the accuracy that the benchmark measured. The last packs a
+training that is to go on elsewhere: copy the folder to runs/tiny there, and run the stage again.
 """
 
 from __future__ import annotations
@@ -15,50 +15,57 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shutil
+import sys
 from pathlib import Path
+from typing import Any
+
+from visor.embedded.recipes import BASE_STAGES
 
 
 def export(run: Path, out: Path, history: str = "") -> None:
-    """Write the model of `run/dense.pt` to `out`.
+    """Write the model of the stage `dense` of a run to `out`.
 
     Args:
-        history: for the card, in what this run was other than its recipe (restarts, changed rates, earlier tasks).
+        history: for the card, in what this run was other than its recipes (restarts, changed rates, earlier tasks).
+
+    Raises:
+        ValueError: a stage of the base model that has not run.
     """
     import torch
 
-    from visor.embedded import stages
     from visor.embedded.architecture import TinyArchitecture
-    from visor.embedded.recipes import RECIPES
-    from visor.embedded.train import STAGES
-    from visor.embedded.trainer import load_weights
+    from visor.embedded.base_model import load_weights
+    from visor.embedded.model import TinyModel
     from visor.embedded.vocabulary import build_processor
 
     architecture = TinyArchitecture()
-    model = stages.TinyModel(architecture)
-    load_weights(run / "dense.pt", model)
+    model = TinyModel(architecture)
+    load_weights(run / "dense", model)
     llava = model.llava.to(torch.bfloat16)
     llava.set_attn_implementation("sdpa")
     llava.save_pretrained(out)
     build_processor(architecture.patch_size).save_pretrained(out)
-    logs = {name: [json.loads(line) for line in (run / f"{name}.jsonl").open()] for name in STAGES}
     facts = {
         "parameters": sum(p.numel() for p in llava.parameters()),
         "history": history,
         "hardware": f"{platform.machine()} CPU, bfloat16 autocast with float32 attention",
-        "stages": {
-            name: {
-                "steps": log[-1]["step"],
-                "scenes": log[-1]["step"] * RECIPES[name].batch_size,
-                "seconds": log[-1]["seconds"],
-                "planned": RECIPES[name].steps,
-                "peak_rate": RECIPES[name].peak_rate,
-            }
-            for name, log in logs.items()
-        },
+        "stages": {name: stage_facts(run / name) for name in BASE_STAGES},
     }
     # Kept beside the weights, but not as .json: facts about training cannot change an answer.
     (out / "training_facts.md").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def stage_facts(folder: Path) -> dict[str, Any]:
+    """What the card says of a stage of the base model, from its recipe and the last line of its log."""
+    options = json.loads((folder / "recipe.json").read_text())["optimisation"]
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    return {
+        "steps": last["step"],
+        "scenes": last["step"] * options["batch_size"],
+        "seconds": last["seconds"],
+        "planned": options["steps"],
+        "peak_rate": options["peak_rate"],
+    }
 
 
 def card(out: Path, results: Path | None) -> str:
@@ -122,28 +129,32 @@ ask = pipeline("image-text-to-text", model="visor/checkpoints/{out.name}")
 """
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Write the model, its card, or both."""
+def main(arguments: list[str] | None = None) -> int:
+    """Write the model, its card, or both; the last line on stdout is one JSON document."""
     parser = argparse.ArgumentParser(prog="python -m visor.embedded.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, help="folder of training checkpoints; without it only the card is written")
+    parser.add_argument("--run", type=Path, help="folder of a run; without it only the card is written")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--results", type=Path, help="results.json of an evaluation of this model, for the card")
     parser.add_argument("--history", type=Path, help="text file for the card: in what this run was not its recipe")
     parser.add_argument("--unfinished", action="store_true", help="only pack the stages of --run, small, into --out")
     options = parser.parse_args(arguments)
-    if options.unfinished:
-        from visor.embedded.trainer import without_optimizer
+    try:
+        if options.unfinished:
+            if options.run is None:
+                raise ValueError("--unfinished needs --run: the folder of the run to pack")
+            from visor.embedded.base_model import pack
 
-        for path in sorted(options.run.glob("*.pt")):
-            without_optimizer(path, options.out / path.name)
-            shutil.copy(path.with_suffix(".jsonl"), options.out)
-        print(json.dumps({"packed": str(options.out)}))
-        return
-    if options.run is not None:
-        export(options.run, options.out, options.history.read_text().strip() if options.history else "")
-    (options.out / "README.md").write_text(card(options.out, options.results))
+            print(json.dumps({"packed": str(options.out), "stages": pack(options.run, options.out)}))
+            return 0
+        if options.run is not None:
+            export(options.run, options.out, options.history.read_text().strip() if options.history else "")
+        (options.out / "README.md").write_text(card(options.out, options.results))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(json.dumps({"model": str(options.out)}))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from visor.embedded.vocabulary import ASSISTANT
+from visor.training.rows import IGNORED
 from visor.worlds.world import Scene
 
-IGNORED = -100
-EARLY = 2  # the last word of a question and its mark
+HINT_TOKENS = 2  # the last word of a question and its mark
 
 
 @dataclass
@@ -30,7 +30,7 @@ class PackedText:
         labels_BT: the next token where it is part of an answer (or its end), else -100. Already shifted.
         segment_BT: number of the question a token belongs to, -1 for padding.
         offset_BT: position of a token within its question.
-        early_BT: True where the label is a hint: the last words of a question, too, are asked for the answer's first
+        hint_BT: True where the label is a hint: the last words of a question, too, are asked for the answer's first
             token. Looking up by a key is then two steps from the key itself, before the answer has to fetch it from
             there. With the hint a lookup formed within 350 steps, without it not in 1,500.
         kinds: for each scene, the kind of each question in order.
@@ -40,8 +40,23 @@ class PackedText:
     labels_BT: torch.Tensor
     segment_BT: torch.Tensor
     offset_BT: torch.Tensor
-    early_BT: torch.Tensor
+    hint_BT: torch.Tensor
     kinds: list[list[str]]
+
+    def to(self, device: torch.device) -> PackedText:
+        """The same on another device."""
+        tensors = self.ids_BT, self.labels_BT, self.segment_BT, self.offset_BT, self.hint_BT
+        return PackedText(*(x.to(device) for x in tensors), self.kinds)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Labels that are part of an answer."""
+        return int(((self.labels_BT != IGNORED) & ~self.hint_BT).sum())
+
+    @property
+    def num_hints(self) -> int:
+        """Labels that are hints."""
+        return int(self.hint_BT.sum())
 
 
 class TextEncoder:
@@ -64,17 +79,17 @@ class TextEncoder:
         """All questions of all scenes; the answer's first token is predicted from the assistant token."""
         rows = []
         for scene in scenes:
-            ids, labels, segments, offsets, early = [], [], [], [], []
+            ids, labels, segments, offsets, hints = [], [], [], [], []
             for number, question in enumerate(scene.questions):
                 prompt = [*self.ids(question.text), self.assistant]
                 answer = [*self.ids(question.answer), self.tokenizer.eos_token_id]
                 tokens = prompt + answer[:-1]
                 ids += tokens
-                labels += [IGNORED] * (len(prompt) - 1 - EARLY) + [answer[0]] * EARLY + answer
-                early += [False] * (len(prompt) - 1 - EARLY) + [True] * EARLY + [False] * len(answer)
+                labels += [IGNORED] * (len(prompt) - 1 - HINT_TOKENS) + [answer[0]] * HINT_TOKENS + answer
+                hints += [False] * (len(prompt) - 1 - HINT_TOKENS) + [True] * HINT_TOKENS + [False] * len(answer)
                 segments += [number] * len(tokens)
                 offsets += range(len(tokens))
-            rows.append((ids, labels, segments, offsets, early))
+            rows.append((ids, labels, segments, offsets, hints))
         length = max(len(row[0]) for row in rows)
         length += -length % 8  # few distinct shapes: kernels and allocators are warm
         fills = (self.tokenizer.pad_token_id, IGNORED, -1, 0, False)
@@ -88,12 +103,12 @@ class TextEncoder:
 def attention_mask(visual_valid_BV: torch.Tensor, text: PackedText) -> torch.Tensor:
     """[B, 1, S, S], True where a query may look: causally, at the image and at its own question."""
     num_visual, num_text = visual_valid_BV.shape[1], text.ids_BT.shape[1]
-    total = num_visual + num_text
-    causal_SS = torch.ones(total, total, dtype=torch.bool).tril()
+    total, device = num_visual + num_text, visual_valid_BV.device
+    causal_SS = torch.ones(total, total, dtype=torch.bool, device=device).tril()
     key_visual_BS = torch.nn.functional.pad(visual_valid_BV, (0, num_text))
     segment_BS = torch.nn.functional.pad(text.segment_BT, (num_visual, 0), value=-2)
     same_BSS = (segment_BS[:, :, None] == segment_BS[:, None, :]) & (segment_BS[:, None, :] >= 0)
     mask_BSS = causal_SS & (same_BSS | key_visual_BS[:, None, :])
     # Padding rows look at themselves: a row that may look nowhere gives NaN in some kernels.
-    mask_BSS |= torch.eye(total, dtype=torch.bool)
+    mask_BSS |= torch.eye(total, dtype=torch.bool, device=device)
     return mask_BSS[:, None]

@@ -1,9 +1,8 @@
 """From the last stage's model to a shipped one: bf16 safetensors, processor, facts about the training, model card.
 
-    python -m visor.training.publish --run runs/visor-tiny --model runs/visor-tiny/router/model \
-        --out visor/checkpoints/visor-tiny
+    python -m visor.embedded.publish --run runs/tiny --model runs/tiny/router/model --out visor/checkpoints/visor-tiny
     python -m evaluations.run --suite all --methods visor --policies router --out runs/card
-    python -m visor.training.publish --out visor/checkpoints/visor-tiny --results runs/card/results.json
+    python -m visor.embedded.publish --out visor/checkpoints/visor-tiny --results runs/card/results.json
 
 The first command writes the model with a card that has no accuracy yet, the last one rewrites the card.
 """
@@ -14,8 +13,11 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from visor.embedded.recipes import M3_STAGES, VISOR_STAGES
 
 FACTS = "training_facts.md"  # not .json: facts about training cannot change an answer, and are no part of the hash
 
@@ -34,19 +36,20 @@ def publish(run: Path, model: Path, out: Path, base: str, history: str = "") -> 
     """
     import torch
 
-    from visor.training.run import load_model
+    from visor.training.models import load_model
 
-    stages = stage_facts(run)
-    if not stages:
-        raise ValueError(f"no finished stage in {run}: no folder of it holds a done.json")
     loaded, processor = load_model(model)
+    kind = "visor" if loaded.config.model_type == "visor" else "m3"
+    stages = stage_facts(run, VISOR_STAGES if kind == "visor" else M3_STAGES)
+    if not stages:
+        raise ValueError(f"no finished stage of {kind} in {run}: no folder of it holds a done.json")
     loaded = loaded.to(torch.bfloat16)
     loaded.save_pretrained(out)
     processor.save_pretrained(out)
     facts = {
         "parameters": sum(p.numel() for p in loaded.parameters()),
         "base": base,
-        "kind": "visor" if loaded.config.model_type == "visor" else "m3",
+        "kind": kind,
         "hardware": platform.machine(),
         "history": history,
         "stages": stages,
@@ -61,17 +64,18 @@ def publish(run: Path, model: Path, out: Path, base: str, history: str = "") -> 
     return out
 
 
-def stage_facts(run: Path) -> list[dict[str, Any]]:
-    """What the finished stages of a run say of themselves, in the order in which they ended."""
-    found = sorted(run.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
+def stage_facts(run: Path, stages: Sequence[str]) -> list[dict[str, Any]]:
+    """What those stages of a run that are finished say of themselves."""
     facts = []
-    for path in found:
-        done = json.loads(path.read_text())
-        done["name"] = path.parent.name
+    for name in stages:
+        path = run / name / "done.json"
+        if not path.exists():
+            continue
+        done = {**json.loads(path.read_text()), "name": name}
         log = path.with_name("log.jsonl")
         if log.exists():
             last = json.loads(log.read_text().splitlines()[-1])
-            done["last"] = {name: last[name] for name in ("loss", "accuracy", "passes")}
+            done["last"] = {key: last[key] for key in ("loss", "accuracy", "passes")}
         facts.append(done)
     return facts
 
@@ -131,7 +135,7 @@ on a laptop, and knows nothing but the seven small worlds of its base (see that 
 {data}
 
 ## Recipe
-`python -m visor.embedded.chain --target {title}`; {facts["hardware"]} CPU, bfloat16 autocast with float32 attention.
+`python -m visor.embedded.train --stage {title} --base {facts["base"]}`; {facts["hardware"]} CPU, bfloat16 autocast with float32 attention.
 
 {recipe}{chr(10).join(rows)}
 
@@ -184,9 +188,9 @@ def _accuracy(results: Path | None, command: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the model, its card, or both; the last line on stdout is one JSON document."""
-    parser = argparse.ArgumentParser(prog="python -m visor.training.publish", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m visor.embedded.publish", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="folder of the stages; without it only the card is written")
-    parser.add_argument("--model", type=Path, help="model folder to ship; default: that of the last stage")
+    parser.add_argument("--model", type=Path, help="model folder to ship; default: the last of VISOR, else M3")
     parser.add_argument("--base", default="dense-tiny", help="name of the model that the training began with")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--history", type=Path, help="text file for the card: in what this run was not its recipes")
@@ -194,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.run is not None:
-            models = [one["model"] for one in stage_facts(options.run) if one["stage"] != "labels"]
+            done = stage_facts(options.run, (*M3_STAGES, *VISOR_STAGES))
+            models = [one["model"] for one in done if one["stage"] != "labels"]
             if not (options.model or models):
                 raise ValueError(f"no finished stage with a model in {options.run}")
             history = f"\n{options.history.read_text().strip()}\n" if options.history else ""

@@ -60,16 +60,19 @@ class PatchEmbeddings(nn.Module):
         return words_BVW @ table_WD + self.row(patch_BV // self.grid) + self.column(patch_BV % self.grid)
 
 
-def present_patches(words_BVW: torch.Tensor, keep_empty: float, generator: torch.Generator | None = None):
+def present_patches(
+    words_BVW: torch.Tensor, keep_empty: float, drawn_BV: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Patches to show: those with words and a share `keep_empty` of the others, left-aligned.
+
+    Args:
+        drawn_BV: uniform numbers that decide which empty patches are shown.
 
     Returns:
         (patch_BM indices, valid_BM), M the most patches that any scene shows.
     """
-    show_BV = words_BVW.any(-1)
-    if keep_empty > 0:
-        show_BV |= torch.rand(show_BV.shape, generator=generator) < keep_empty
+    show_BV = words_BVW.any(-1) | (drawn_BV < keep_empty)
     num = max(1, int(show_BV.sum(1).max()))
-    num = min(show_BV.shape[1], num + -num % 8)
+    num = min(show_BV.shape[1], num + -num % 8)  # few distinct lengths: kernels and allocators stay warm
     patch_BM = (~show_BV).to(torch.int8).argsort(dim=1, stable=True)[:, :num]
     return patch_BM, show_BV.gather(1, patch_BM)
