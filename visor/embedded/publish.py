@@ -135,7 +135,8 @@ on a laptop, and knows nothing but the seven small worlds of its base (see that 
 {data}
 
 ## Recipe
-`python -m visor.embedded.train --stage {title} --base {facts["base"]}`; {facts["hardware"]} CPU, bfloat16 autocast with float32 attention.
+`python -m visor.embedded.train --stage {title} --base {facts["base"]}`; {facts["hardware"]} CPU, bfloat16 autocast with
+float32 attention.
 
 {recipe}{chr(10).join(rows)}
 

@@ -88,7 +88,7 @@ class SceneStage(Stage, Generic[B]):
         self._worlds: list[str] = []
         self._right: list[list[bool]] = []
 
-    # --- what a stage says ----------------------------------------------------------------------------------------------
+    # --- what a stage says ---
 
     @abstractmethod
     def prepare(self, drawn: Drawn) -> B:
@@ -110,7 +110,7 @@ class SceneStage(Stage, Generic[B]):
         """What each entry of `Outcome.right` of a scene is about."""
         return [question.kind for question in one.questions]
 
-    # --- what the loop asks ---------------------------------------------------------------------------------------------
+    # --- what the loop asks ---
 
     def draw(self, step: int) -> Drawn:
         """The worlds of a step's scenes, and this process's share of the scenes."""

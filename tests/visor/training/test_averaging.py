@@ -1,4 +1,4 @@
-"""Averaged token grids in training are those of the methods, prompt and all; facts and looks move to their windows."""
+"""Averaged token grids in training are those of the methods, prompt and all; targets move to their windows."""
 
 from dataclasses import replace
 
@@ -17,6 +17,7 @@ from visor.training.data import Example
 from visor.training.encoding import Encoder
 from visor.training.forward import PackedModel
 from visor.training.objectives import VisorObjective
+from visor.training.rows import AttentionTarget
 from visor.vision.features import VisionFeatures
 
 CROSS_LAYERS, SELF_LAYERS, CONFIGURATIONS = [0, 2, 4], [1, 3], [[], [1, 3]]
@@ -80,14 +81,14 @@ def test_training_on_an_averaged_grid_computes_what_a_model_with_that_reduction_
     assert len(logits_AW) == 0
 
 
-def test_facts_and_looks_move_to_their_windows_and_facts_that_disagree_to_parts_of_them(packed, batch):
+def test_facts_and_attention_targets_move_to_their_windows_and_facts_that_disagree_to_parts_of_them(packed, batch):
     first = len(batch.rows[0].prefix) - 36
     facts = [(0, 2, 7), (1, 3, 8), (6, 2, 9), (7, 2, 5), (7, 3, 8), (35, 2, 7), (34, 2, 7)]  # patch, slot, word
     row = replace(
         batch.rows[0],
-        facts=tuple((first + patch, slot, word) for patch, slot, word in facts),
-        asked=((1, 2, 7),),
-        looks=(AttentionTarget(1, (0, 1, 13), False), AttentionTarget(2, (35,), True)),
+        visual_facts=tuple((first + patch, slot, word) for patch, slot, word in facts),
+        question_facts=((1, 2, 7),),
+        attention_targets=(AttentionTarget(1, (0, 1, 13), False), AttentionTarget(2, (35,), True)),
     )
     with torch.no_grad():
         features = packed.image_features(batch)
@@ -98,7 +99,7 @@ def test_facts_and_looks_move_to_their_windows_and_facts_that_disagree_to_parts_
     quarter = averaged(replace(batch, rows=(row, batch.rows[1])), features, BY_4, 0)[0].rows[0]
     # Patches 0 and 1 are above 6 and 7.
     expected = [(3, 8), (slot_in(0, 2), 7), (slot_in(2, 2), 9), (slot_in(3, 2), 5)]
-    assert [fact[1:] for fact in quarter.facts if fact[0] == first] == expected
+    assert [fact[1:] for fact in quarter.visual_facts if fact[0] == first] == expected
     assert smaller.question_facts == row.question_facts
     assert smaller.attention_targets == (AttentionTarget(1, (0, 6), False), AttentionTarget(2, (17,), True))
 

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from visor.embedded.trainer import Recipe, train, without_optimizer
 
 from visor.embedded import stages
 from visor.embedded.architecture import TinyArchitecture
 from visor.embedded.curriculum import MEMORY, Curriculum
-from visor.embedded.trainer import Recipe, train, without_optimizer
 from visor.embedded.vocabulary import build_processor, build_tokenizer
 from visor.worlds.worlds import scene
 

@@ -11,8 +11,8 @@ from visor.model.conversion import convert
 from visor.training.batch import Batch
 from visor.training.data import BadRow, Example
 from visor.training.encoding import Encoder
-from visor.training.rows import IGNORED
 from visor.training.forward import PackedModel, answers_of
+from visor.training.rows import IGNORED
 
 QUESTIONS = ((("what is it?", "cat"),), (("and the colour of the thing?", "red"),), (("n?", "12"), ("sure?", "yes")))
 

@@ -15,6 +15,7 @@ from visor.training.forward import PackedModel
 from visor.training.objectives import NestedPooling, VisorObjective
 from visor.training.optimisation import Optimisation
 from visor.training.optimise import Training
+from visor.training.packed_stage import PackedStage
 from visor.training.parts import freeze_all_but
 from visor.training.processes import Processes
 
@@ -49,15 +50,16 @@ def training(
     encoder = Encoder(processor or make_processor(), packed.adapter.image_token_ids)
     stream = Stream([LlavaSource(data[1] / file, data[1])], [1.0], seed=0)
     options = Optimisation(**{**QUICK, **changes})
-    arguments = packed, train, NestedPooling((6, 3)), stream, encoder, options, folder, Processes(options.precision)
-    one = Training(*arguments, tensorboard=tensorboard)
+    processes = Processes(options.precision)
+    stage = PackedStage(packed, train, NestedPooling((6, 3)), stream, encoder, options, processes)
+    one = Training(stage, options, folder, processes, tensorboard)
     if sgd:
         one.optimizer = torch.optim.SGD(one.parameters.values(), lr=options.peak_rate)
     return one
 
 
 def weights(one):
-    return {name: value.detach().clone() for name, value in one.packed.model.state_dict().items()}
+    return {name: value.detach().clone() for name, value in one.stage.packed.model.state_dict().items()}
 
 
 def same(first, second, tolerance=0.0):
@@ -128,7 +130,8 @@ def run_in_two_processes(script, data, out, folder):
     path = folder / "script.py"
     path.write_text(SCRIPT + script)
     here = os.path.dirname(__file__)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
+    paths = [here, os.path.dirname(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
     done = subprocess.run(
         [*command, here, str(data[1]), str(out)], capture_output=True, text=True, timeout=300, env=environment
@@ -169,7 +172,7 @@ def test_only_the_named_parts_move(llava_data, tmp_path):
     moved = {name for name, value in weights(one).items() if not torch.equal(value, before[name])}
     assert moved and all("multi_modal_projector" in name for name in moved)
     with pytest.raises(ValueError, match=r"parts of tower, projector, decoder; got \['cross'\]"):
-        freeze_all_but(one.packed, ["cross"])
+        freeze_all_but(one.stage.packed, ["cross"])
 
 
 def test_the_tower_learns_through_several_passes(llava_data, tmp_path):
@@ -216,15 +219,9 @@ def test_tensorboard_log(llava_data, tmp_path):
 
 
 def test_tensorboard_is_optional(llava_data, tmp_path, monkeypatch):
-    packed = PackedModel(make_llava())
-    encoder = Encoder(make_processor(), packed.adapter.image_token_ids)
-    arguments = (
-        packed, ["projector"], NestedPooling((6,)), Stream([LlavaSource(*llava_data)], [1.0], 0), encoder,
-        Optimisation(**{**QUICK, "steps": 1}),
-    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
-        Training(*arguments, tmp_path / "none", Processes("fp32"), tensorboard=True)
+        training(llava_data, tmp_path / "none", steps=1, tensorboard=True)
 
 
 def test_draws_depend_on_the_step_alone():

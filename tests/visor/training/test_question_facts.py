@@ -1,4 +1,4 @@
-"""Facts asked of the text as it reads the image: at words that name things, behind CROSS layers, and learnable."""
+"""Facts that words of questions should know: at words that name things, behind CROSS layers, and learnable."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import torch
 from tiny_checkpoint import make_image, make_llava, make_processor
 from tiny_models import wake_cross_blocks
 
+from visor.embedded.scene_tokens import SceneTokens
 from visor.embedded.vocabulary import build_processor
 from visor.model.conversion import convert
 from visor.training.batch import Batch
@@ -23,7 +24,7 @@ def test_facts_stand_at_the_words_of_questions_that_name_things(world):
     processor = build_processor(12)
     tokenizer, image_id = processor.tokenizer, processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     example, drawn = WorldSource(world).read(5), scene(world, "train", 5)
-    row = Encoder(processor, [image_id], with_facts=True).encode(example)
+    row = Encoder(processor, [image_id], targets_of=SceneTokens(processor.tokenizer)).encode(example)
     text = [token for token in row.prefix if token != image_id]
     is_prompt = [False] * len(text)
     for segment in row.segments:
@@ -39,12 +40,12 @@ def test_facts_stand_at_the_words_of_questions_that_name_things(world):
     }
     assert named and set(stated) == {p for p in named if known[tokenizer.decode([text[p]]).strip()]}
     assert all(facts == known[tokenizer.decode([text[place]]).strip()] for place, facts in stated.items())
-    assert Encoder(processor, [image_id]).encode(example).asked == ()
+    assert Encoder(processor, [image_id]).encode(example).question_facts == ()
 
 
 @pytest.fixture
 def reading():
-    """(model that reads facts, a batch of two rows of different lengths, which ask for facts, its features)."""
+    """(model with heads for facts, a batch of two rows of different lengths, which ask for facts, its features)."""
     torch.manual_seed(0)
     packed = PackedModel(wake_cross_blocks(convert(make_llava(), self_layers=[1, 3], cross_layers=[0, 2, 4, 5])))
     packed.add_fact_heads(20)
@@ -52,7 +53,7 @@ def reading():
     texts = ("what 1?", "what is in 1 2?")
     rows = [encoder.encode(Example(t, make_image(i), (((t, "1"),),), ("k",))) for i, t in enumerate(texts)]
     rows = [
-        replace(row, asked=((row.num_text - 3, 2, 7), (row.num_text - 2, 5, slot)))
+        replace(row, question_facts=((row.num_text - 3, 2, 7), (row.num_text - 2, 5, slot)))
         for row, slot in zip(rows, (11, 12), strict=True)
     ]
     assert rows[0].num_text != rows[1].num_text
@@ -76,7 +77,8 @@ def test_text_is_read_behind_the_cross_layers_in_the_middle(reading, subset):
         for hidden_1TD in outputs:
             hidden_1TD = hidden_1TD[0] if isinstance(hidden_1TD, tuple) else hidden_1TD
             for place, slot, word in row.question_facts:
-                logits_SW = packed.question_facts.classifier(packed.question_facts.norm(hidden_1TD[0, place])).view(len(SLOTS), 20)
+                head = packed.question_facts
+                logits_SW = head.classifier(head.norm(hidden_1TD[0, place])).view(len(SLOTS), 20)
                 expected -= logits_SW[slot].log_softmax(-1)[word].item() / 2
     packed.logits(batch, features, subset)
     loss, right = packed.question_facts.loss_sum(batch.rows, subset)
@@ -88,14 +90,14 @@ def test_without_things_that_are_named_or_in_evaluation_nothing_is_asked(reading
     packed, batch, features = reading
     packed.question_facts.train()
     packed.logits(batch, features, ())
-    assert packed.question_facts.loss_sum([replace(row, asked=()) for row in batch.rows], ()) == (None, [])
+    assert packed.question_facts.loss_sum([replace(row, question_facts=()) for row in batch.rows], ()) == (None, [])
     packed.question_facts.eval()
     packed.logits(batch, features, ())
     assert packed.question_facts.loss_sum(batch.rows, ()) == (None, [])
 
 
 @pytest.mark.parametrize("factor", [None, 2])
-def test_asked_facts_join_the_loss_and_are_learned(reading, factor):
+def test_question_facts_join_the_loss_and_are_learned(reading, factor):
     packed, batch, features = reading
     packed.question_facts.train()
     objective = VisorObjective(
@@ -109,5 +111,5 @@ def test_asked_facts_join_the_loss_and_are_learned(reading, factor):
         one.answers.loss_sum.backward()
         optimizer.step()
         losses.append(one.answers.loss_sum.item())
-    assert one.auxiliary == {"asked": [True] * 4}
+    assert one.auxiliary == {"question facts": [True] * 4}
     assert losses[-1] < 0.2 * losses[0]

@@ -1,4 +1,4 @@
-"""Facts read off refined visual tokens: at the right tokens, after the right layers, and learnable."""
+"""Facts predicted from visual tokens: at the right tokens, after the right layers, and learnable."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ import torch
 from tiny_checkpoint import make_image, make_llava, make_processor
 from tiny_models import wake_cross_blocks
 
+from visor.embedded.scene_tokens import SceneTokens
 from visor.embedded.symbolic import PatchWords
 from visor.embedded.vocabulary import build_processor
 from visor.model.conversion import convert
@@ -24,7 +25,7 @@ def test_facts_stand_at_the_patch_of_their_label():
     processor = build_processor(12)
     image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     example = WorldSource("forms").read(3)
-    row = Encoder(processor, [image_id], with_facts=True).encode(example)
+    row = Encoder(processor, [image_id], targets_of=SceneTokens(processor.tokenizer)).encode(example)
     patches, vocabulary = PatchWords(processor.tokenizer, 12), processor.tokenizer.get_vocab()
     first = row.prefix.index(image_id)
     expected = {
@@ -34,21 +35,22 @@ def test_facts_stand_at_the_patch_of_their_label():
     }
     assert expected and set(row.visual_facts) == expected
     assert all(row.prefix[place] == image_id for place, _, _ in row.visual_facts)
-    assert Encoder(processor, [image_id]).encode(example).facts == ()
+    assert Encoder(processor, [image_id]).encode(example).visual_facts == ()
 
 
 def test_a_tokenizer_without_the_words_is_told_so():
     packed = PackedModel(make_llava())
     labelled = Example("x", make_image(0), ((("what 1?", "1"),),), ("k",), scene("scenes", "train", 0))
     labels = tuple(replace(label, facts=(("color", "no-such-word"),)) for label in labelled.scene.labels)
-    encoder = Encoder(make_processor(), packed.adapter.image_token_ids, with_facts=True)
+    processor = make_processor()
+    encoder = Encoder(processor, packed.adapter.image_token_ids, targets_of=SceneTokens(processor.tokenizer))
     with pytest.raises(BadRow, match="no-such-word.*fact_supervision_weight to 0"):
         encoder.encode(replace(labelled, scene=replace(labelled.scene, labels=labels)))
 
 
 @pytest.fixture
 def reading():
-    """(model that reads facts, a batch of two rows of which one has facts, its features)."""
+    """(model with heads for facts, a batch of two rows of which one has facts, its features)."""
     torch.manual_seed(0)
     model = wake_cross_blocks(convert(make_llava(), self_layers=[1, 3, 5], cross_layers=[0, 2, 4]))
     packed = PackedModel(model)
@@ -57,7 +59,7 @@ def reading():
     encoder = Encoder(make_processor(), packed.adapter.image_token_ids)
     rows = [encoder.encode(Example(f"r{i}", make_image(i), ((("what 1?", "1"),),), ("k",))) for i in range(2)]
     first = len(rows[0].prefix) - rows[0].num_visual
-    rows[1] = replace(rows[1], facts=((first, 5, 11), (first + 3, 2, 7)))  # not by slot
+    rows[1] = replace(rows[1], visual_facts=((first, 5, 11), (first + 3, 2, 7)))  # not by slot
     batch = Batch.of(rows, 0)
     return packed, batch, packed.image_features(batch)
 
@@ -96,7 +98,7 @@ def test_facts_join_the_loss_and_are_learned(reading):
         optimizer.zero_grad()
         one.answers.loss_sum.backward()
         optimizer.step()
-    assert one.auxiliary == {"facts": [True, True]}
+    assert one.auxiliary == {"visual facts": [True, True]}
 
 
 def test_the_rival_is_taught_them_too(reading):
@@ -106,12 +108,11 @@ def test_the_rival_is_taught_them_too(reading):
     packed.visual_facts.train()
     features = packed.image_features(batch)
     objective = NestedPooling((6,), fact_supervision_weight=2.0)
-    (one,), (plain,) = (
-        list(each.passes(packed, batch, features, 0)) for each in (objective, replace(objective, fact_supervision_weight=0.0))
-    )
+    without = replace(objective, fact_supervision_weight=0.0)
+    (one,), (plain,) = (list(each.passes(packed, batch, features, 0)) for each in (objective, without))
     logits = packed.logits(batch, features, None)
     facts, right = packed.visual_facts.loss_sum(batch.rows, features, range(packed.num_layers))
-    assert len(logits) and one.auxiliary == {"facts": right} and packed.question_facts is None
+    assert len(logits) and one.auxiliary == {"visual facts": right} and packed.question_facts is None
     assert one.answers.loss_sum.item() == pytest.approx(plain.answers.loss_sum.item() + 2 * facts.item(), rel=1e-5)
     read = [i for i in range(packed.num_layers) if packed.decoder.layers[i]._forward_hooks]
     assert read == list(range(packed.num_layers // 2))  # above them, text reads

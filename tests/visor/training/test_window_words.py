@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_checkpoint import make_image, make_llava, make_processor
 
+from visor.embedded.scene_tokens import SceneTokens
 from visor.embedded.vocabulary import build_processor
 from visor.model.conversion import convert
 from visor.training.averaging import averaged
@@ -25,7 +26,7 @@ def test_words_stand_in_the_part_of_the_window_where_the_scene_has_them(world, f
     processor = build_processor(12)
     tokenizer, image_id = processor.tokenizer, processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     drawn = scene(world, "train", 5)
-    row = Encoder(processor, [image_id], with_facts=True).encode(WorldSource(world).read(5))
+    row = Encoder(processor, [image_id], targets_of=SceneTokens(processor.tokenizer)).encode(WorldSource(world).read(5))
     smaller = averaged(Batch.of([row], 0), [(torch.zeros(144, 4),)], lambda _: SHAPES[factor], 0)[0].rows[0]
     first, (rows, columns) = len(row.prefix) - 144, SHAPES[factor]
     stated = {(place - first, part, tokenizer.decode([word])) for place, part, word in smaller.window_words}
@@ -35,7 +36,7 @@ def test_words_stand_in_the_part_of_the_window_where_the_scene_has_them(world, f
         part = x % 2 + (2 * (y % 2) if factor == 4 else 0)
         expected |= {((y * rows // 12) * columns + x // 2, part, word) for word in label.words}
     assert stated == expected and row.window_words == () and smaller.patch_words == ()
-    assert Encoder(processor, [image_id]).encode(WorldSource(world).read(5)).written == ()
+    assert Encoder(processor, [image_id]).encode(WorldSource(world).read(5)).patch_words == ()
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def batch_of():
         first = [len(row.prefix) - row.num_visual for row in rows]
         words = ((0, 7), (1, 8)), ((0, 8), (35, 9))
         written = [tuple((a + place, word) for place, word in b) for a, b in zip(first, words, strict=True)]
-        return Batch.of([replace(row, written=each) for row, each in zip(rows, written, strict=True)], 0)
+        return Batch.of([replace(row, patch_words=each) for row, each in zip(rows, written, strict=True)], 0)
 
     return make
 
@@ -72,7 +73,7 @@ def test_the_loss_is_of_the_averaged_features_and_full_grids_are_not_asked(batch
 
 
 @pytest.mark.parametrize("rival", [False, True])
-def test_written_words_join_the_loss_and_are_learned_by_visor_and_by_m3(batch_of, rival):
+def test_window_words_join_the_loss_and_are_learned_by_visor_and_by_m3(batch_of, rival):
     torch.manual_seed(0)
     model = make_llava()
     packed = PackedModel(model if rival else convert(model, self_layers=[1, 3], cross_layers=[0, 2, 4]))
@@ -93,7 +94,7 @@ def test_written_words_join_the_loss_and_are_learned_by_visor_and_by_m3(batch_of
         optimizer.zero_grad()
         one.answers.loss_sum.backward()
         optimizer.step()
-    assert one.auxiliary["written"] == [True] * 4
+    assert one.auxiliary["window words"] == [True] * 4
 
 
 @pytest.mark.parametrize("rival", [False, True])
@@ -104,23 +105,23 @@ def test_a_share_of_the_steps_asks_for_words_alone_and_moves_no_decoder(batch_of
     batch = batch_of(packed)
     how = {"fact_supervision_weight": 2.0, "window_words_share": 0.5, "seed": 3}
     objective = NestedPooling((6, 3), **how) if rival else VisorObjective(((),), factors=(2, 4), **how)
-    alone = [step for step in range(60) if objective.is_on_words_alone(step)]
+    alone = [step for step in range(60) if objective.is_window_words_step(step)]
     assert 15 < len(alone) < 45 and all(objective.num_passes(step) == 1 for step in alone)
     (one,) = objective.passes(packed, batch, packed.image_features(batch), alone[0])
     one.answers.loss_sum.backward()
-    assert one.name == "words" and one.answers.right == [[], []] and set(one.auxiliary) == {"written"}
+    assert one.name == "words" and one.answers.right == [[], []] and set(one.auxiliary) == {"window words"}
     moved = {name for name, p in packed.model.named_parameters() if p.grad is not None and p.grad.any()}
     assert any("projector" in name for name in moved) and not any("language_model" in name for name in moved)
     asked = next(step for step in range(60) if step not in alone)
     assert all(one.answers.right[0] for one in objective.passes(packed, batch, packed.image_features(batch), asked))
-    assert not any(replace(objective, window_words_share=0.0).is_on_words_alone(step) for step in range(60))
+    assert not any(replace(objective, window_words_share=0.0).is_window_words_step(step) for step in range(60))
 
 
 def test_a_batch_without_words_moves_nothing(batch_of):
     packed = PackedModel(convert(make_llava(), self_layers=[1, 3], cross_layers=[0, 2, 4]))
     packed.add_window_word_head(20)
     batch = batch_of(packed)
-    batch = replace(batch, rows=tuple(replace(row, written=()) for row in batch.rows))
+    batch = replace(batch, rows=tuple(replace(row, patch_words=()) for row in batch.rows))
     objective = VisorObjective(((),), factors=(2,), fact_supervision_weight=1.0, window_words_share=1.0)
     (one,) = objective.passes(packed, batch, packed.image_features(batch), 0)
     one.answers.loss_sum.backward()
