@@ -330,7 +330,7 @@ def _route(recipe: Recipe, packed: Any, processor: Any, out: Path, processes: An
     visor.add_router(shape.hidden_size, shape.inputs)
     if not processes.is_main:
         return {}
-    document = fit(visor.model.router, known, replace(recipe.router_fit, seed=recipe.seed), out)
+    document = fit(visor.router, known, replace(recipe.router_fit, seed=recipe.seed), out)
     return {name: document[name] for name in ("num_questions", "label_accuracy", "router", "fixed", "oracle")}
 
 
