@@ -130,24 +130,26 @@ class Engine:
         """Run a prompt; None is transformers' own forward. Returns the cache."""
         import torch
 
+        from visor.engine.compat import cache_of
         from visor.engine.decoder import running
 
         embeddings, visual = self.prompt(num_visual)
         with torch.inference_mode():
             if schedule is None:
-                return self.decoder(inputs_embeds=embeddings, use_cache=True).past_key_values
+                return cache_of(self.decoder(inputs_embeds=embeddings, use_cache=True))
             with running(self.model, schedule, visual=visual):
-                return self.decoder(inputs_embeds=embeddings, use_cache=True).past_key_values
+                return cache_of(self.decoder(inputs_embeds=embeddings, use_cache=True))
 
     def decode(self, cache: Any, schedule: Schedule | None) -> None:
         """A few tokens after a prompt; the cache is left as it was."""
         import torch
 
+        from visor.engine.compat import CACHE
         from visor.engine.decoder import running
 
         weight = next(self.decoder.layers.parameters())
         token = torch.ones(1, 1, self.geometry.hidden_size, dtype=weight.dtype)
-        step = lambda: self.decoder(inputs_embeds=token, past_key_values=cache, use_cache=True)
+        step = lambda: self.decoder(inputs_embeds=token, use_cache=True, **{CACHE: cache})
         with torch.inference_mode():
             for _ in range(NUM_STEPS):
                 if schedule is None:

@@ -9,6 +9,7 @@ from budgets.costs import price, projector_flops, tower_flops
 from budgets.geometry import from_config
 from budgets.presets import preset
 from budgets.schedule import LayerMode, LayerOp, Reduction, Schedule, dense
+from visor.engine.compat import CACHE
 
 TINY = ["tiny-llava", "tiny-llava-qwen2", "tiny-llava-full", "tiny-onevision", "tiny-smolvlm", "tiny-qwen2.5-vl",
         "tiny-llava-next", "tiny-idefics3", "tiny-internvl", "tiny-qwen3-vl"]  # fmt: skip
@@ -37,7 +38,7 @@ def test_dense_decoder_and_head(model_of, count, name):
     embeddings = torch.empty(1, num_visual + num_text, geometry.hidden_size, device="meta")
 
     def forward():
-        output = decoder(inputs_embeds=embeddings, past_key_values=hf.DynamicCache(), use_cache=True)
+        output = decoder(inputs_embeds=embeddings, **{CACHE: hf.DynamicCache()}, use_cache=True)
         model.lm_head(output.last_hidden_state[:, -1:])
 
     cost = price(geometry, dense(geometry.num_layers, num_visual), num_text)
@@ -52,7 +53,7 @@ def test_decoding(model_of, count, name):
     embeddings = torch.empty(1, 50, geometry.hidden_size, device="meta")
 
     def forward(embeddings):
-        output = decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        output = decoder(inputs_embeds=embeddings, **{CACHE: cache}, use_cache=True)
         model.lm_head(output.last_hidden_state[:, -1:])
 
     def decode():

@@ -10,6 +10,7 @@ from tiny_models import NUM_LAYERS, generate, make_model, make_prompt, visual_co
 
 from budgets.schedule import dense
 from visor.engine.cache import ElasticCache
+from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import install, running
 
 
@@ -74,8 +75,8 @@ def test_keep_masks_are_checked():
 def test_caches_of_one_length_are_refused(implementation):
     model, prompt = model_of(), make_prompt(model_of(), 1)
     if implementation == "offloaded":
-        caches = dict(past_key_values=transformers.DynamicCache.__new__(transformers.DynamicCache))
-        caches["past_key_values"].layers, caches["past_key_values"].offloading = [], True
+        caches = {CACHE: transformers.DynamicCache.__new__(transformers.DynamicCache)}
+        caches[CACHE].layers, caches[CACHE].offloading = [], True
     else:
         caches = dict(cache_implementation="static")
     with running(model, schedule("tttttt", 16)), pytest.raises(ValueError, match="static, quantized and offloaded"):
@@ -84,17 +85,17 @@ def test_caches_of_one_length_are_refused(implementation):
 
 def test_a_cache_filled_elsewhere_is_refused():
     model, prompt = model_of(), make_prompt(model_of(), 1)
-    cache = generate(model, prompt, 2).past_key_values
+    cache = cache_of(generate(model, prompt, 2))
     with running(model, schedule("tttttt", 16)), pytest.raises(ValueError, match="cached outside"):
-        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
 
 
 def test_new_images_in_a_later_turn_are_refused():
     model, prompt = model_of(), make_prompt(model_of(), 1)
     with running(model, schedule("tttttt", 16)), torch.no_grad():
-        cache = model(**prompt).past_key_values
+        cache = cache_of(model(**prompt))
         with pytest.raises(ValueError, match="new images in a later turn"):
-            model(**prompt, past_key_values=cache)
+            model(**prompt, **{CACHE: cache})
 
 
 def test_prepared_4d_masks_are_refused():
@@ -130,13 +131,13 @@ def test_crop_stops_at_what_decided_the_cache():
     n, num_trailing = prompt["input_ids"].shape[1], 9
     with torch.no_grad():
         with running(model, schedule("tttttt", 16)):
-            cache = model(**prompt).past_key_values
+            cache = cache_of(model(**prompt))
         cache.crop(-num_trailing)
         assert cache.get_seq_length() == n - num_trailing
         with pytest.raises(ValueError, match="cannot crop 1 of"):
             cache.crop(-1)
         with running(model, schedules("ssssss", visual_counts(prompt), keep={2: 0.5})):
-            cache = model(**prompt).past_key_values
+            cache = cache_of(model(**prompt))
     with pytest.raises(ValueError, match=f"first {n}"):
         cache.crop(-1)
 
@@ -145,12 +146,12 @@ def test_a_reset_cache_starts_over():
     model, prompt = model_of(), make_prompt(model_of(), 2)
     with torch.no_grad():
         with running(model, schedule("tctstt", 16)):
-            cache = model(**prompt).past_key_values
+            cache = cache_of(model(**prompt))
         assert isinstance(cache, ElasticCache) and cache.cross_lengths[1] == 16
         cache.reset()
         assert cache.get_seq_length() == 0 and not any(cache.cross_lengths)
         expected = model(**prompt).logits
-        assert torch.equal(model(**prompt, past_key_values=cache).logits, expected)
+        assert torch.equal(model(**prompt, **{CACHE: cache}).logits, expected)
 
 
 def test_last_kept_needs_a_run():

@@ -10,6 +10,7 @@ from schedules import schedules
 from tiny_models import FAMILIES, continued, generate, make_model, make_prompt, single, visual_counts
 
 from budgets.registry import METHODS
+from visor.engine.compat import cache_of
 from visor.engine.decoder import install, running
 from visor.reduction.method import Method
 
@@ -92,7 +93,7 @@ def test_cache_lengths_are_the_schedules():
     counts, num_real = visual_counts(prompt), prompt["attention_mask"].sum(1).tolist()
     plan = schedules("ssssss", counts, UNEVEN, keep={2: 0.75, 4: 0.3})
     with running(model, plan):
-        cache = generate(model, prompt, 4).past_key_values
+        cache = cache_of(generate(model, prompt, 4))
     num_text = [real - visual for real, visual in zip(num_real, counts, strict=True)]
     expected = [
         max(text + row.visual_tokens[i] for text, row in zip(num_text, plan, strict=True)) + 3 for i in range(6)

@@ -19,6 +19,7 @@ import visor.engine.decoder
 from budgets.costs import price
 from budgets.geometry import from_config
 from budgets.schedule import dense
+from visor.engine.compat import CACHE, cache_of
 from visor.model.conversion import convert
 from visor.model.modeling import VisorForConditionalGeneration
 
@@ -395,7 +396,7 @@ def test_what_is_missing_is_named():
     with torch.no_grad():
         first = model(**prompt, configuration=0, use_cache=True)
     with pytest.raises(ValueError, match="give the configuration with the prompt"):
-        model(prompt["input_ids"][:, -1:], past_key_values=first.past_key_values, configuration=1)
+        model(prompt["input_ids"][:, -1:], **{CACHE: cache_of(first)}, configuration=1)
 
 
 def test_image_tokens_that_do_not_match_the_image():

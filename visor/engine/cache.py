@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visor.engine.compat import Cache, DynamicCache, DynamicLayer
+from visor.engine.compat import CACHE, Cache, DynamicCache, DynamicLayer
 
 
 class ElasticLayer(DynamicLayer):
@@ -160,7 +160,7 @@ class ElasticCache(DynamicCache):
             raise ValueError(
                 f"schedules run on a DynamicCache without offloading, got {type(cache).__name__}"
                 f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: static, quantized and offloaded "
-                "caches give every layer one length. Leave `cache_implementation` and `past_key_values` unset."
+                f"caches give every layer one length. Leave `cache_implementation` and `{CACHE}` unset."
             )
         if cache.get_seq_length() > 0:
             raise ValueError(

@@ -1,11 +1,15 @@
 """Every name of transformers that is not its public interface, in one place, so that an upgrade breaks one file.
 
-Written for `transformers>=5.18,<6`. The dense parity tests over all families are the alarm that rings first.
+What differs between the versions that pyproject.toml admits is found by looking, not by comparing version numbers:
+a name that has moved shows in a signature or in the fields of an output. `selfcheck` says which of these names the
+engine relies on, and refuses before a forward can fail on them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,22 +18,27 @@ from transformers import initialization
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
 __all__ = [
+    "CACHE",
     "BaseModelOutputWithPast",
     "Cache",
+    "CausalLMOutputWithPast",
     "DynamicCache",
     "DynamicLayer",
     "GradientCheckpointingLayer",
+    "cache_argument",
+    "cache_of",
     "capture_outputs",
     "causal_mask",
     "deepstack_output",
     "image_output",
     "initialization",
     "merge_with_config_defaults",
+    "one_cache",
     "register_recordable",
     "rotated_heads",
     "start_weights",
@@ -37,6 +46,34 @@ __all__ = [
     "vision_rotated",
     "vision_window_index",
 ]
+
+
+_OLD_CACHE = "past_key_values"
+
+# What decoders, layers, mask functions, outputs and generate() call the KV cache: `past_key_values` until 5.23, `cache`
+# from 5.24 on. They changed it together, and the self-check sees to it that each model's do agree.
+CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", _OLD_CACHE))
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in what a model, a decoder or generate() returns."""
+    return getattr(output, CACHE)
+
+
+def cache_argument(arguments: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a call that transformers has not seen yet, by its name or its former one."""
+    return one_cache(arguments.get("cache"), arguments.get(_OLD_CACHE))
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The KV cache that a caller gives by its present name or by its former one.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError(f"give the KV cache once: `{CACHE}` (transformers has renamed `{_OLD_CACHE}` to `cache`)")
+    return past_key_values if cache is None else cache
 
 
 def start_weights(module: nn.Module) -> bool:
@@ -91,10 +128,10 @@ def causal_mask(
         config=config,
         inputs_embeds=hidden_BND,
         attention_mask=valid_BK,
-        past_key_values=cache,
         position_ids=positions,
         layer_idx=layer,
         and_mask_function=same_segment,
+        **{CACHE: cache},
     )
 
 

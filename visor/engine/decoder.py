@@ -25,10 +25,13 @@ from torch import Tensor, nn
 from budgets.schedule import LayerMode, Schedule
 from visor.engine.cache import ElasticCache
 from visor.engine.compat import (
+    CACHE,
     BaseModelOutputWithPast,
+    cache_argument,
     capture_outputs,
     causal_mask,
     merge_with_config_defaults,
+    one_cache,
     register_recordable,
     start_weights,
 )
@@ -78,7 +81,7 @@ class ElasticDecoder:
             super()._init_weights(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        cache = kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
+        cache = args[3] if len(args) > 3 else cache_argument(kwargs)
         if self._run is None and not isinstance(cache, ElasticCache):
             return super().forward(*args, **kwargs)
         if self._run is not None and self._run.unmodified:
@@ -92,21 +95,23 @@ class ElasticDecoder:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         visual_pos_masks: Tensor | None = None,
         deepstack_visual_embeds: Sequence[Tensor] | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("the decoder takes exactly one of input_ids and inputs_embeds")
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
             raise ValueError("schedules need the 2D attention_mask [batch, length]: masks differ from layer to layer")
         hidden_BND = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = ElasticCache(len(self.layers))
-        cache = ElasticCache.adopt(past_key_values, len(self.layers))
+        if use_cache and cache is None:
+            cache = ElasticCache(len(self.layers))
+        cache = ElasticCache.adopt(cache, len(self.layers))
         num_seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(hidden_BND.shape[1], device=hidden_BND.device) + num_seen)[None]
@@ -128,7 +133,7 @@ class ElasticDecoder:
                     raise ValueError("texts packed into one row run without a cache; pass use_cache=False")
                 streams.full.segment_BN = segment_BP.to(hidden_BND.device)
             last_hidden_state = self._prefill(run, layout, streams, cache, call)
-        return BaseModelOutputWithPast(last_hidden_state=last_hidden_state, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=last_hidden_state, **{CACHE: cache})
 
     def _streams(
         self,
@@ -324,7 +329,7 @@ class ElasticDecoder:
             attention_mask=mask,
             position_embeddings=stream.rotary,
             position_ids=None,  # flash attention would look for packed sequences in them, a device sync a layer
-            past_key_values=cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -352,7 +357,7 @@ def _note_prompt(inner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     decoder._layout = None
     if decoder._run is None or decoder._run.unmodified:
         return
-    adapter, cache = adapter_for(inner), kwargs.get("past_key_values")
+    adapter, cache = adapter_for(inner), cache_argument(kwargs)
     fed = adapter.images_are_fed(kwargs)
     if cache is not None and cache.get_seq_length() > 0:
         if fed and not decoder._run.is_dense:

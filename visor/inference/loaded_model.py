@@ -25,6 +25,7 @@ from budgets import geometry as geometries
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Reduction, Schedule
 from visor.engine import decoder
+from visor.engine.compat import CACHE, cache_of
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.inference import chat, checkpoint, collate, generation
 from visor.inference.loading import load_model
@@ -268,7 +269,7 @@ class LoadedModel:
             mask_BP = torch.nn.functional.pad(prompt.attention_mask_BP, (0, 1), value=1)
             next_positions_B1 = prompt.positions_BP[..., -1:] + 1
             states.append(
-                GroupState(members, prompt.schedules, next_ids_B1, mask_BP, next_positions_B1, output.past_key_values)
+                GroupState(members, prompt.schedules, next_ids_B1, mask_BP, next_positions_B1, cache_of(output))
             )
         return states
 
@@ -325,8 +326,8 @@ class LoadedModel:
                         input_ids=state.next_ids_B1,
                         attention_mask=state.attention_mask_BP,
                         position_ids=state.next_positions_B1,
-                        past_key_values=state.cache,
                         use_cache=True,
+                        **{CACHE: state.cache},
                     )
                     state.next_ids_B1 = output.logits[:, -1:].argmax(-1)
                     state.attention_mask_BP = torch.nn.functional.pad(state.attention_mask_BP, (0, 1), value=1)

@@ -41,7 +41,7 @@ class VisorConfig(PreTrainedConfig):
 
     model_type = "visor"
     sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # a list: the Trainer adds one to it
 
     base_config: Any = None
     cross_layers: Any = None

@@ -19,11 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from budgets.geometry import ModelGeometry, from_config
 from budgets.schedule import Schedule
-from visor.engine.compat import start_weights
+from visor.engine.compat import (
+    CACHE,
+    CausalLMOutputWithPast,
+    cache_argument,
+    cache_of,
+    one_cache,
+    start_weights,
+)
 from visor.engine.decoder import install, running
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.model.configuration import ROUTER_INPUTS, VisorConfig
@@ -35,8 +41,8 @@ IGNORED = -100
 
 
 @dataclass
-class VisorOutput(ModelOutput):
-    """What a forward returns.
+class VisorOutput(CausalLMOutputWithPast):
+    """What a forward returns: transformers' own fields, `cache` or `past_key_values` among them, and the choices.
 
     Args:
         loss: cross-entropy over the labelled text positions: their mean, or their sum over `num_items_in_batch`.
@@ -45,11 +51,6 @@ class VisorOutput(ModelOutput):
         configurations: [B], the configuration that each sample ran; -1 is the dense model, None a later token.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
     configurations: Tensor | None = None
 
 
@@ -82,6 +83,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules = None
+    _skip_keys_device_placement = [CACHE]  # layers on several devices each keep their own part of it
 
     def __init__(self, config: VisorConfig) -> None:
         super().__init__(config)
@@ -269,7 +271,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @contextmanager
     def _running(self, request: Request, inputs: dict[str, Any], segments: Tensor | None = None) -> Iterator[Any]:
         """Run the base under what the caller has asked for; inside an outer `visor.engine.running`, under that."""
-        cache = inputs.get("past_key_values")
+        cache = cache_argument(inputs)
         goes_on = cache is not None and cache.get_seq_length() > 0
         if goes_on and not request.is_empty:
             raise ValueError("later tokens of a sequence run as its prompt has; give the configuration with the prompt")
@@ -287,7 +289,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         *,
@@ -300,6 +302,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | str | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
         **inputs: Any,
     ) -> VisorOutput | tuple:
         """See the class.
@@ -309,7 +312,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         request = Request(configuration, budget, policy, cost_weight)
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-                   "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}  # fmt: skip
+                   CACHE: one_cache(cache, past_key_values), "inputs_embeds": inputs_embeds}  # fmt: skip
         aligned = {"labels": labels, "shift_labels": shift_labels, "segment_ids": segment_ids}
         inputs = self._prepared({**inputs, **aligned})
         labels, shift_labels, segment_ids = (inputs.pop(name) for name in aligned)
@@ -317,7 +320,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             outputs = self.adapter.inner(**inputs)
         hidden_BPD, head = outputs[0], self.get_output_embeddings()
         result = VisorOutput(
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             configurations=_chosen(selection, hidden_BPD),
