@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from budgets.registry import check_name
 from evaluations.arguments import names
+from evaluations.command import FAILURES, INTERRUPTED, OK, USAGE, say
+from evaluations.job import load_model, make_report
 from evaluations.records import RecordsError, RunFolder, read_json, write_json_atomically
-from evaluations.run import FAILURES, INTERRUPTED, OK, USAGE, load_model, make_report, say
 from evaluations.run_file import card_says_trained
 from evaluations.suite import load_suite, suite_names
 
@@ -215,7 +216,7 @@ def _layer_drop(loaded: Any, task: Any, samples: Sequence[Any], batch_size: int,
     import numpy as np
 
     from budgets.schedule import dense
-    from evaluations.cells import make_batches
+    from evaluations.batches import make_batches
     from evaluations.metrics import score
     from evaluations.statistics import holm, mean_interval, paired_comparison
     from visor.analysis.layer_drop import without_image_in

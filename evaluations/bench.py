@@ -210,12 +210,14 @@ def _bench_decode(engine: Engine, num_visual: int, rounds: int) -> Measured:
 def bench_harness(model: str, limit: int, rounds: int) -> Measured:
     """A sweep of one cell at batch 16 against a bare loop over the same batches."""
     from budgets.registry import TASKS
-    from evaluations.cells import Planner, make_plan, plan_task
+    from evaluations.batches import plan_task
+    from evaluations.cells import make_plan
     from evaluations.config import RunConfig
     from evaluations.features import FeatureCache
     from evaluations.models import Models
     from evaluations.progress import Progress
     from evaluations.records import RunFolder
+    from evaluations.settings import Planner
     from evaluations.suite import load_suite
     from evaluations.sweep import Sweep
     from visor.inference.loaded_model import LoadedModel

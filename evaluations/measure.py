@@ -15,12 +15,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from evaluations.cells import Lengths, Plan, Planner, Setting, check_sample
+from evaluations.batches import Lengths, check_sample
+from evaluations.cells import Plan
 from evaluations.memory import PeakMemory, measure_memory, weights_bytes
 from evaluations.models import Models
 from evaluations.noise import turns
 from evaluations.progress import Progress
 from evaluations.records import RunFolder, TimingRecord
+from evaluations.settings import Planner, Setting
 from evaluations.suite import TimingPlan
 from visor.engine.stopwatch import ScoringClock, scoring_clock
 from visor.reduction.method import tower_reduction

@@ -14,6 +14,7 @@ Imports neither torch nor the model: the report reads through this file too.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import tempfile
@@ -43,6 +44,11 @@ def setting_id(method: str, budget: float | None = None, policy: str | None = No
     if policy is not None:
         return f"{method}:{policy}" if value is None else f"{method}:{policy}({value:g})"
     return method if budget is None or method == "dense" else f"{method}@{budget:g}"
+
+
+def digest(value: Any) -> str:
+    """A hash of JSON data that is the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def pack_bits(kept: Sequence[bool] | None) -> str | None:

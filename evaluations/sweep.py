@@ -16,13 +16,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from evaluations.cells import Cell, Lengths, Plan, PlannedTask, Planner, Setting, check_sample, digest
+from evaluations.batches import Lengths, PlannedTask, check_sample
+from evaluations.cells import Cell, Plan
 from evaluations.features import FeatureCache, FeatureKey
 from evaluations.metrics import score
 from evaluations.models import Models, tower_key
 from evaluations.policies import derive_all, manifest_of
 from evaluations.progress import Progress
-from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, SampleRecord, pack_bits
+from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, SampleRecord, digest, pack_bits
+from evaluations.settings import Planner, Setting
 from visor.reduction.method import tower_reduction
 
 if TYPE_CHECKING:

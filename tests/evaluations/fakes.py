@@ -170,7 +170,7 @@ def make_config(
 
 
 if __name__ == "__main__":
-    from evaluations.run import execute
+    from evaluations.job import execute
 
     with fake_tasks():
         config = make_config(Path(sys.argv[1]), methods=sys.argv[3].split(","))

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 from fakes import BrokenImage, FakeModel, FakeSample, make_config, make_task
 
-from evaluations.cells import Lengths, Planner, make_batches, make_plan, plan_task
+from evaluations.batches import Lengths, make_batches, plan_task
+from evaluations.cells import make_plan
+from evaluations.job import execute
 from evaluations.models import Models
 from evaluations.records import RunFolder, unpack_bits
-from evaluations.run import execute
+from evaluations.settings import Planner
 
 pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 FAKES = Path(__file__).parent / "fakes.py"

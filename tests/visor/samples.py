@@ -9,7 +9,7 @@ import torch
 from tiny_models import make_model, make_prompt, visual_counts
 
 from visor.inference.loaded_model import LoadedModel
-from visor.inference.prompt import PreparedSample
+from visor.vision.prepared import PreparedSample
 
 NUM_LAYERS = 4  # the fewest in which every in-decoder method finds its stages
 NO_PROCESSOR = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: str(ids)))

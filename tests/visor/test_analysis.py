@@ -15,7 +15,7 @@ from visor.analysis.layer_drop import without_image_in
 from visor.analysis.observe import visual_places
 from visor.engine import decoder
 from visor.inference.loaded_model import LoadedModel
-from visor.inference.prompt import PreparedSample
+from visor.vision.prepared import PreparedSample
 
 
 def sample_of(family, attention="eager"):

@@ -206,14 +206,25 @@ def test_attention_kernel_reaches_the_base(tmp_path):
         assert torch.allclose(model(**prompt).logits, model_of("llava")(**prompt).logits, atol=TOLERANCE)
 
 
-def test_import_is_cheap_and_registers():
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import visor\nassert not {'torch', 'transformers'} & set(sys.modules), 'import visor imports torch'",
+        "import transformers, visor",
+        "import visor, transformers\ntransformers.AutoModelForImageTextToText",
+        "import visor.model.configuration",
+        "import visor.model.modeling",
+        "import visor.model.registration as r\nr.register()\nr.register()",
+    ],
+)
+def test_import_is_cheap_and_registers_whatever_comes_first(first):
     code = (
-        "import sys, visor\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules), 'import visor imports torch or transformers'\n"
+        f"import sys\n{first}\n"
         "from transformers import AutoConfig, AutoModelForImageTextToText\n"
         "config = AutoConfig.for_model('visor', cross_layers=[0], self_layers=[1])\n"
         "kind = AutoModelForImageTextToText._model_mapping[type(config)]\n"
         "assert kind.__name__ == 'VisorForConditionalGeneration', kind\n"
+        "assert not [f for f in sys.meta_path if 'AfterImport' in type(f).__name__]\n"
     )
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
 

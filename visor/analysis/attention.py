@@ -20,8 +20,8 @@ from visor.engine.streams import take
 
 if TYPE_CHECKING:
     from visor.inference.loaded_model import LoadedModel
-    from visor.inference.prompt import PreparedSample
     from visor.vision.features import VisionFeatures
+    from visor.vision.prepared import PreparedSample
 
 
 @dataclass(frozen=True)

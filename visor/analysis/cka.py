@@ -22,8 +22,8 @@ from visor.analysis.observe import visual_places, watch
 
 if TYPE_CHECKING:
     from visor.inference.loaded_model import LoadedModel
-    from visor.inference.prompt import PreparedSample
     from visor.vision.features import VisionFeatures
+    from visor.vision.prepared import PreparedSample
 
 
 @dataclass(frozen=True)

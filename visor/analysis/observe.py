@@ -16,8 +16,8 @@ from budgets.schedule import dense
 
 if TYPE_CHECKING:
     from visor.inference.loaded_model import LoadedModel
-    from visor.inference.prompt import PreparedSample
     from visor.vision.features import VisionFeatures
+    from visor.vision.prepared import PreparedSample
 
 Look = Callable[[int, Tensor, Any], None]
 """Called as look(layer, hidden [1, N, D], rotary): what enters `layer`; rotary is None after the last one."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import PreparedSample, pixel_hash, readable
+from visor.inference.prompt import readable
+from visor.vision.prepared import PreparedSample, pixel_hash
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")

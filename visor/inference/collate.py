@@ -19,10 +19,11 @@ from torch import Tensor
 
 from budgets.schedule import Schedule
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import PreparedSample, Prompt, arranged, running_numbers
+from visor.inference.prompt import Prompt, arranged, running_numbers
 from visor.vision import encode
 from visor.vision.encode import VisionRow
 from visor.vision.multi_image import left_of_images
+from visor.vision.prepared import PreparedSample
 
 
 def by_structure(schedules: Sequence[Schedule]) -> list[list[int]]:

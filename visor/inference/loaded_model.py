@@ -29,10 +29,11 @@ from visor.engine.compat import CACHE, cache_of
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.inference import chat, checkpoint, collate, generation
 from visor.inference.loading import load_model
-from visor.inference.prompt import Generation, PreparedSample, Prompt
+from visor.inference.prompt import Generation, Prompt
 from visor.vision import encode
 from visor.vision.encode import VisionRow
 from visor.vision.features import ReducedFeatures
+from visor.vision.prepared import PreparedSample
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,12 +1,11 @@
-"""What travels between a question and the model: prepared samples, prompts, answers. Data and pure functions.
+"""What travels between prepared samples and the model: prompts and answers. Data and pure functions.
 
 Shapes: B samples, P padded prompt length, N visual tokens before reduction, T after it, D decoder width.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,27 +15,6 @@ from budgets.schedule import Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class PreparedSample:
-    """One question, ready for the model.
-
-    Args:
-        input_ids: the prompt, with `num_visual` image tokens in it.
-        num_text: all other tokens.
-        num_visual: visual tokens of the images at full size (N); 0 without an image.
-        pixel_inputs: what the processor made of the images, on the CPU.
-        image_key: hash of the pixels; equal ones share vision features. None without an image.
-        num_images: images in the prompt, if there is any.
-    """
-
-    input_ids: tuple[int, ...]
-    num_text: int
-    num_visual: int
-    pixel_inputs: Mapping[str, Tensor] = field(repr=False)
-    image_key: str | None
-    num_images: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,14 +85,6 @@ def readable(image: Image) -> Image:
         return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds (OSError, SyntaxError, struct.error, ...) for broken files
         raise ValueError(f"the image cannot be read: {error}") from error
-
-
-def pixel_hash(pixel_inputs: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(pixel_inputs.items()):
-        digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -399,6 +399,3 @@ def _with_prompt(output: Any, prompt_ids: Tensor, num_shortened: int) -> Any:
         return ids
     output.sequences = ids
     return output
-
-
-AutoModelForImageTextToText.register(VisorConfig, VisorForConditionalGeneration, exist_ok=True)

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from budgets.geometry import ModelGeometry
-from budgets.registry import METHODS
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import pixel_hash
-from visor.reduction.method import Method
+from visor.model.configuration import reduction_method
 from visor.vision.encode import reduce_stack
 from visor.vision.features import encode_images
+from visor.vision.prepared import pixel_hash
 
 FILLS = {"attention_mask": 0, "labels": -100, "shift_labels": -100, "segment_ids": -1, "position_ids": 0}
 
@@ -38,29 +37,6 @@ class Shortened:
 
     inputs: dict[str, Any]
     index_BP: Tensor
-
-
-def check_reduction(reduction: Mapping[str, Any]) -> Method:
-    """The method that a config's `reduction` names.
-
-    Raises:
-        ValueError: it is unknown, has no such options, or does not act between tower and decoder.
-    """
-    method = METHODS.get(reduction["method"])
-    try:
-        method = method(**reduction.get("params", {}))
-    except TypeError as error:
-        raise ValueError(f"reduction {reduction['method']!r}: {error}") from error
-    if (
-        type(method).reduce_features is Method.reduce_features
-        or method.stage not in ("tower", "projected")
-        or method.reads_text
-    ):
-        raise ValueError(
-            f"reduction {reduction['method']!r} ({method.title}) does not act between tower and decoder on the image "
-            "alone; a model can carry one that does, such as pooling or visionzip"
-        )
-    return method
 
 
 def shorten(
@@ -82,7 +58,7 @@ def shorten(
             "cannot reduce its tokens; use visor.inference.loaded_model.LoadedModel with the method visor+"
             f"{reduction['method']}"
         )
-    method = check_reduction(reduction)
+    method = reduction_method(reduction)
     ids = inputs["input_ids"].to("cpu")
     visual_BP = torch.isin(ids, torch.tensor(adapter.image_token_ids))
     counts = visual_BP.sum(1).tolist()

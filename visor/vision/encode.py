@@ -20,10 +20,10 @@ from budgets.registry import METHODS
 from budgets.schedule import Reduction, Schedule
 from visor.engine.stopwatch import scoring
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import PreparedSample
 from visor.reduction.method import Method, tower_reduction
 from visor.vision.features import ReducedFeatures, VisionFeatures, encode_images, project
 from visor.vision.multi_image import SeveralImages, images_of, joined, reductions
+from visor.vision.prepared import PreparedSample
 
 VisionRow = VisionFeatures | SeveralImages | None
 """The tower's features of one sample; None without an image."""
