@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
 
 class BudgetError(ValueError):
-    """A budget that a method cannot meet; the message says what it can reach."""
+    """A budget that a method cannot meet; the message says what it can reach.
+
+    Attributes:
+        least: what its cheapest setting costs, relative to dense.
+    """
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 def fit(method: Method, geometry: ModelGeometry, num_visual: int, num_text: int, budget: float) -> Method:
@@ -69,7 +77,8 @@ def _fit(method: Method, geometry: ModelGeometry, num_visual: int, num_text: int
         reach = f"only {low:.4g}" if math.isclose(low, high) else f"{low:.4g} to {high:.4g}"
         raise BudgetError(
             f"{method.title} cannot meet a budget of {budget:g} with {num_visual} visual and {num_text} text tokens on "
-            f"{geometry.name}: it reaches {reach} of the dense decoder prefill FLOPs"
+            f"{geometry.name}: it reaches {reach} of the dense decoder prefill FLOPs",
+            low,
         )
     return settings[best]
 

@@ -120,7 +120,8 @@ class Planner:
             raise BudgetError(
                 f"{setting.method.title} cannot meet a budget of {setting.budget:g} with {lengths.num_visual} visual "
                 f"and {lengths.num_text} text tokens: the cheapest configuration of the checkpoint costs "
-                f"{min(costs):.4g} of the dense decoder prefill FLOPs"
+                f"{min(costs):.4g} of the dense decoder prefill FLOPs",
+                min(costs),
             )
         return max(within, key=lambda i: (costs[i], i))
 
@@ -185,8 +186,9 @@ def make_settings(
                 if config.policies_asked and setting.policy in config.policies:
                     raise ValueError(f"policy {setting.policy!r}: {error}") from error
                 unreachable.append(
-                    {"method": name, "budget": setting.budget, "policy": setting.policy, "reason": str(error)}
-                )
+                    {"method": name, "budget": setting.budget, "policy": setting.policy, "reason": str(error),
+                     "least": getattr(error, "least", None)}
+                )  # fmt: skip
             else:
                 settings.append(setting)
         if config.methods_asked and all(setting.name != name for setting in settings):

@@ -210,15 +210,16 @@ def _optional(entries: dict | None) -> dict:
 
 
 def _failures(analysis: Analysis) -> list[tuple[str, str, str]]:
-    """Settings that could not be run, failed cells with their errors, and cells with failed samples."""
+    """Settings that could not be run on this model, failed cells with their errors, and cells with failed samples."""
     titles = {task.name: task.title for task in analysis.run.tasks}
     found = [
         (
             setting_id(entry["method"], entry["budget"], entry.get("policy")),
             "all tasks",
-            f"not run, out of reach: {entry['reason']}",
+            f"not run: {entry['reason']}",
         )
         for entry in analysis.run.run.get("unreachable", [])
+        if entry.get("least") is None  # else its rule does not go so low: a row of the tables says so
     ]
     for setting in analysis.run.settings:
         for task in titles:

@@ -167,6 +167,11 @@ def _against_dense(run: Run, compare: _Comparer) -> dict[tuple[str, str], Tested
     return result
 
 
+def budget_title(budget: float) -> str:
+    """What the group of a shared budget is called."""
+    return f"Budget {100 * budget:.3g} % of dense decoder FLOPs"
+
+
 def _groups(run: Run) -> list[Group]:
     """Budgets that at least two methods share, highest first; then what has a cost of its own; then policies."""
     by_budget, own, policies = defaultdict(list), [], []
@@ -181,8 +186,7 @@ def _groups(run: Run) -> list[Group]:
         if len(members) == 1 and len(by_budget) > 1:
             own += members
         else:
-            title = f"Budget {100 * budget:.3g} % of dense decoder FLOPs"
-            groups.append(Group(f"budget-{budget:g}", title, tuple(members), budget))
+            groups.append(Group(f"budget-{budget:g}", budget_title(budget), tuple(members), budget))
     if own:
         groups.append(Group("own", "Settings at a cost of their own", tuple(own)))
     if policies:

@@ -6,11 +6,15 @@ the cell where they do not. Best is marked by weight and a star, "not significan
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from budgets.registry import METHODS
 from evaluations.noise import NOISY
+from evaluations.records import setting_id
 from evaluations.statistics import Comparison, Interval
-from reports.comparisons import ALPHA, AVERAGE, Analysis, Tested
+from reports.comparisons import ALPHA, AVERAGE, Analysis, Tested, budget_title
 from reports.data import Setting
 from reports.policy import PolicySection
 from reports.results import why_missing
@@ -87,12 +91,33 @@ class Table:
 
 
 def _grouped(analysis: Analysis, columns: list[Column], make) -> Table:
-    """Dense first, then the comparison groups; `make(setting)` gives a row's cells."""
+    """Dense first, then the comparison groups; `make(setting)` gives a row's cells. The first column is of FLOPs."""
     groups = []
     if analysis.run.dense:
         groups.append(RowGroup("Reference", [Row(analysis.run.dense, make(analysis.run.dense))]))
     groups += [RowGroup(g.title, [Row(s, make(s)) for s in g.settings]) for g in analysis.groups]
+    by_title = {group.title: group for group in groups}
+    for entry in analysis.run.run.get("unreachable", []):
+        if entry.get("least") is None or entry["budget"] is None:
+            continue
+        title = budget_title(entry["budget"])
+        if title not in by_title:
+            by_title[title] = RowGroup(title, [])
+            groups.append(by_title[title])
+        by_title[title].rows.append(_out_of_reach(analysis, entry, len(columns)))
     return Table(columns, groups)
+
+
+def _out_of_reach(analysis: Analysis, entry: dict[str, Any], num_columns: int) -> Row:
+    """The row of a budget that a method's rule does not go down to: no failure, and nothing measured."""
+    method, budget = entry["method"], entry["budget"]
+    setting = next((s for s in analysis.run.settings if s.method == method and s.budget is not None), None)
+    title = setting.title if setting else METHODS.get(method).title if method in METHODS else method
+    least = math.ceil(1000 * entry["least"]) / 10  # "at least" must not be rounded down
+    reach = TableCell(f"reaches {least:g} %", "at least", tone="quiet", note=entry["reason"])
+    trained = setting is not None and setting.trained
+    absent = Setting(setting_id(method, budget, None), method, title, budget, None, trained)
+    return Row(absent, [reach] + [TableCell("\u2013", tone="quiet", note=entry["reason"])] * (num_columns - 1))
 
 
 def missing(analysis: Analysis, setting: Setting, task: str) -> TableCell:

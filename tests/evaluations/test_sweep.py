@@ -237,6 +237,7 @@ def test_an_unreachable_budget_is_left_out_of_a_default_list_and_an_error_when_a
     assert [s.id for s in plan.settings] == ["dense", "fastv@0.5"]
     (left_out,) = plan.unreachable
     assert (left_out["method"], left_out["budget"]) == ("fastv", 0.11) and "reaches 0." in left_out["reason"]
+    assert 0.11 < left_out["least"] < 0.5
     with pytest.raises(ValueError, match=r"fastv@0.11: FastV cannot meet a budget of 0.11 .* reaches 0\.\d+ to"):
         plan_of(make_config(tmp_path / "r", asked=(0.5, 0.11)))
 
@@ -245,6 +246,7 @@ def test_a_method_that_the_model_cannot_run_is_left_out_or_refused(tmp_path):
     plan, _ = plan_of(make_config(tmp_path / "r", methods=["dense", "visor"]))
     assert [s.id for s in plan.settings] == ["dense"]
     assert "no trained cross-attention blocks" in plan.unreachable[0]["reason"]
+    assert plan.unreachable[0]["least"] is None
     with pytest.raises(ValueError, match="visor cannot be run: this model has no trained cross-attention"):
         plan_of(make_config(tmp_path / "r", asked_methods=["dense", "visor"]))
     with pytest.raises(ValueError, match="nothing to run: .* reaches 0.2"):
