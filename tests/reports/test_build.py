@@ -189,7 +189,7 @@ def test_a_budget_below_a_methods_reach_is_a_row_and_no_failure(make_run_folder)
     html = build(folder).read_text()
     assert "Not everything ran" not in html and "What failed" not in html
     assert html.count("reaches 20.2 %") == 4, "two budgets, in the table of accuracies and in that of costs"
-    assert html.count("Budget 11 % of dense decoder FLOPs") == 2, "a group of its own where no method reaches the budget"
+    assert html.count("Budget 11 % of dense decoder FLOPs") == 2, "a group of its own where none reaches it"
     run["unreachable"] = [{"method": "hired", "budget": None, "least": None, **entry}]
     (folder / "run.json").write_text(json.dumps(run))
     assert "Not everything ran" in build(folder).read_text(), "what the model cannot run is not its rule's doing"

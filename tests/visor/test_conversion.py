@@ -15,6 +15,8 @@ from visor.convert import main
 from visor.engine.decoder import install, running
 from visor.model.conversion import convert
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_layer_self_is_the_base(family):

@@ -13,6 +13,8 @@ from visor.engine.cache import ElasticCache
 from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import ElasticDecoder, install, running
 
+pytestmark = pytest.mark.compat
+
 SCHEDULE = dense(NUM_LAYERS, 0)
 
 

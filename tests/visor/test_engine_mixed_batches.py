@@ -10,6 +10,8 @@ from tiny_models import continued, generate, make_model, make_prompt, visual_cou
 from visor.engine.compat import cache_of
 from visor.engine.decoder import install, running
 
+pytestmark = pytest.mark.compat
+
 MIXED = {
     "two": ["tctctc", "tcsctc", "tctctc"],
     "three": ["tctctc", "tcscts", "tcsctc"],

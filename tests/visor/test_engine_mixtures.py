@@ -11,6 +11,8 @@ from tiny_models import FAMILIES, continued, generate, make_model, make_prompt, 
 from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import install, running
 
+pytestmark = pytest.mark.compat
+
 TOLERANCE = 2e-4
 MIXTURES = {
     "text only": dict(modes="tttttt"),

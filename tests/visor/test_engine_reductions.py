@@ -14,6 +14,8 @@ from visor.engine.compat import cache_of
 from visor.engine.decoder import install, running
 from visor.reduction.method import Method
 
+pytestmark = pytest.mark.compat
+
 TOLERANCE = 2e-4  # logits are of size ten
 UNEVEN = (1.0, 0.6, 0.3)
 CASES = {

@@ -28,6 +28,8 @@ from visor.engine.decoder import install, running
 from visor.engine.positions import close_gaps
 from visor.families.base import adapter_for
 
+pytestmark = pytest.mark.compat
+
 TOLERANCE = 2e-4
 MODES = {
     "fastv": dict(modes="ssssss", keep={2: 0.5}),

@@ -23,6 +23,8 @@ from visor.engine.compat import CACHE, cache_of
 from visor.model.conversion import convert
 from visor.model.modeling import VisorForConditionalGeneration
 
+pytestmark = pytest.mark.compat
+
 TOLERANCE = 1e-4
 LOGITS = dict(return_dict_in_generate=True, output_logits=True)
 

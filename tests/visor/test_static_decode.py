@@ -9,6 +9,8 @@ from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import install, running
 from visor.engine.static_decode import FixedDecode
 
+pytestmark = pytest.mark.compat
+
 NUM_TOKENS = 6
 CASES = {
     "dense": ("ssss", {}, "kept"),

@@ -12,15 +12,27 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import initialization
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+from visor.engine.requirements import Unsupported, check_installed, installed, known
+
+check_installed()  # before the imports that an old release would break in its own words
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+try:
+    from transformers import initialization
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+    from transformers.masking_utils import create_causal_mask
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_outputs import (
+        BaseModelOutputWithPast,
+        BaseModelOutputWithPooling,
+        CausalLMOutputWithPast,
+    )
+    from transformers.utils.generic import merge_with_config_defaults
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+except ImportError as error:
+    raise Unsupported(f"transformers {installed('transformers')}: {error}; {known('transformers')}") from error
 
 __all__ = [
     "CACHE",
@@ -52,7 +64,8 @@ _OLD_CACHE = "past_key_values"
 
 # What decoders, layers, mask functions, outputs and generate() call the KV cache: `past_key_values` until 5.23, `cache`
 # from 5.24 on. They changed it together, and the self-check sees to it that each model's do agree.
-CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", _OLD_CACHE))
+_NAMES = {field.name for field in fields(BaseModelOutputWithPast)}
+CACHE = _OLD_CACHE if _OLD_CACHE in _NAMES else "cache"
 
 
 def cache_of(output: Any) -> Any:

@@ -40,6 +40,7 @@ from visor.engine.cross_attention import CrossAttentionBlock
 from visor.engine.deepstack import DeepStack
 from visor.engine.execution import Choose, KeepMasks, KeepRecord, Run, parting_layer
 from visor.engine.positions import fallen, rotary, split_position_ids
+from visor.engine.selfcheck import check_model
 from visor.engine.stopwatch import scoring
 from visor.engine.streams import PromptLayout, PromptStreams, TokenStream
 from visor.families.base import adapter_for
@@ -390,6 +391,7 @@ def install(
 
     Raises:
         ValueError: the family has no adapter, or a layer does not exist.
+        Unsupported: the installed transformers lacks what the engine calls (visor.engine.selfcheck).
     """
     adapter = adapter_for(model)
     decoder = adapter.decoder
@@ -397,6 +399,7 @@ def install(
     if wrong := [i for i in cross_layers if not 0 <= i < num_layers]:
         raise ValueError(f"cross_layers {wrong} do not exist: the decoder has layers 0 to {num_layers - 1}")
     if not isinstance(decoder, ElasticDecoder):
+        check_model(decoder, adapter.inner)
         decoder.__class__ = _elastic_class(type(decoder))
         adapter.inner.register_forward_pre_hook(_note_prompt, with_kwargs=True)
     if visual_source is not None:
