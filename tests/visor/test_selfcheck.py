@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,23 @@ def test_an_absent_package_is_named_with_its_pip_line(monkeypatch):
     monkeypatch.setattr(requirements, "version", version)
     with pytest.raises(Unsupported, match="torch is not installed; .*pip install 'torch>=2.6,<"):
         requirements.installed("torch")
+
+
+def test_a_broken_optional_package_counts_as_absent_and_its_reason_is_said_once(tmp_path, monkeypatch, caplog):
+    (tmp_path / "torchvisor").mkdir()
+    (tmp_path / "torchvisor" / "__init__.py").write_text("raise RuntimeError('operator torchvisor::nms is not there')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_spec("torchvisor") is not None
+    monkeypatch.setitem(sys.modules, "torchvisor", None)  # so that the test leaves no trace
+    del sys.modules["torchvisor"]
+    with caplog.at_level(logging.WARNING, "visor"):
+        for _ in range(2):
+            assert requirements.set_aside_broken(("torchvisor", "no_such_package")) == ("torchvisor",)
+    (record,) = caplog.records
+    assert "torchvisor is installed but broken, and counts as absent: operator torchvisor::nms" in record.message
+    assert find_spec("torchvisor") is None
+    with pytest.raises(ImportError):
+        import torchvisor  # noqa: F401
 
 
 def test_python_39_is_refused_in_a_sentence():

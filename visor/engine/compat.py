@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from visor.engine.requirements import Unsupported, check_installed, installed, known
+from visor.engine.requirements import Unsupported, check_installed, installed, known, set_aside_broken
 
 check_installed()  # before the imports that an old release would break in its own words
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+
+set_aside_broken()  # before transformers looks for them
 
 try:
     from transformers import initialization

@@ -7,13 +7,17 @@ together. Within them and beyond, `selfcheck` compares what the engine relies on
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from packaging.version import Version
 
 # package: oldest release, first one that was not run
 KNOWN = {"torch": ("2.6", "2.15"), "transformers": ("5.18", "5.25")}
+OPTIONAL = ("torchvision", "flash_attn")  # transformers uses them where they are, and trips where they are broken
 NEWEST = {"torch": "2.14", "transformers": "5.24"}
 
 
@@ -64,3 +68,29 @@ def check_installed() -> None:
         remark = check(package, installed(package))
         if remark:
             logging.getLogger("visor").warning(remark)
+
+
+@functools.cache
+def set_aside_broken(packages: tuple[str, ...] = OPTIONAL) -> tuple[str, ...]:
+    """Make optional packages that are installed and cannot be imported count as absent, and say why, once a process.
+
+    torchvision or flash-attn built for another torch fail while they are imported, but transformers asks only whether
+    there is a folder of that name. To be called before transformers has asked.
+
+    Returns:
+        Those set aside.
+    """
+    broken = []
+    for name in packages:
+        if find_spec(name) is None:
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a missing symbol, an operator that does not exist, a library that is not found
+            reason = " ".join(str(error).split())
+            logging.getLogger("visor").warning(f"{name} is installed but broken, and counts as absent: {reason}")
+            for module in [each for each in sys.modules if each.partition(".")[0] == name]:
+                del sys.modules[module]
+            sys.modules[name] = None  # what Python itself takes for "not there"
+            broken.append(name)
+    return tuple(broken)
