@@ -29,7 +29,7 @@ def for_exact_match(text: str) -> str:
 
 # --- VQA --------------------------------------------------------------------------------------------------------------
 
-VQA_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 VQA_NUMBERS = {
     word: str(number)
     for number, words in enumerate("none zero,one,two,three,four,five,six,seven,eight,nine,ten".split(","))

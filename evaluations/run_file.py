@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluations.provenance import collect
 from evaluations.records import RunFolder
+from visor.inference.training_facts import read_training
 from visor.vision.image import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -110,5 +111,6 @@ def _checkpoint(name: str, loaded: Any) -> dict[str, Any]:
         "path": str(loaded.path),
         "sha256": loaded.checkpoint_sha256,
         "trained": card_says_trained(loaded.card),
+        "training": read_training(loaded.path, loaded.card),
         "card": loaded.card,
     }

@@ -77,6 +77,7 @@ def test_run_json_says_what_and_where(unbroken):
     data = RunFolder.open(unbroken).read_run()
     assert data["suite"]["name"] == "fakes" and [t["num_samples"] for t in data["suite"]["tasks"]] == [10, 6]
     assert data["config"]["batch_size"] == 4 and data["limit"] is None
+    assert data["provenance"]["checkpoint"]["training"] is None  # a model that states nothing
     provenance = data["provenance"]
     assert provenance["checkpoint"]["trained"] is False and provenance["checkpoint"]["sha256"] == "c0ffee"
     assert provenance["packages"]["torch"] and provenance["threads"] >= 1
