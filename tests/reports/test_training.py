@@ -53,7 +53,10 @@ def test_each_model_says_what_it_was_trained_on_and_how_long(run):
 
 def test_what_is_not_stated_is_said_not_to_be(run):
     assert lines(run(None, None)) == ["dense-tiny: training not stated.", "visor-tiny (VISOR): training not stated."]
-    assert lines(run(facts(stage("a", 5)), None, trained=False)) == ["dense-tiny: 5 steps.", "visor-tiny (VISOR): not trained."]  # fmt: skip
+    assert lines(run(facts(stage("a", 5)), None, trained=False)) == [
+        "dense-tiny: 5 steps.",
+        "visor-tiny (VISOR): not trained.",
+    ]
     assert lines(run(facts(data="Photos."), facts(stated="3 epochs of LLaVA-665k"))) == [
         "dense-tiny: steps not stated. Data: Photos.",
         "visor-tiny (VISOR): 3 epochs of LLaVA-665k.",
@@ -63,7 +66,7 @@ def test_what_is_not_stated_is_said_not_to_be(run):
 @pytest.mark.parametrize(
     ("reference", "its", "head", "text"),
     [
-        (REFERENCE, facts(stage("u", 9), base="dense-tiny"), "Trained further", r"visor-tiny \(VISOR\) by 9 steps: a part"),
+        (REFERENCE, facts(stage("u", 9), base="dense-tiny"), "Trained further", r"tiny \(VISOR\) by 9 steps: a part"),
         (None, facts(stage("u", 9), base="dense-tiny"), "Trained further", r"by 9 steps"),
         # The reference went on since: 8,400 steps now, of which VISOR's base had seen 3,400.
         (REFERENCE, facts(stage("u", 6000), base="dense-tiny", base_steps=3400), "Trained further", "by 1,000 steps"),
