@@ -12,8 +12,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from evaluations.records import digest
+from visor.vision.image import MAX_PIXELS, as_rgb
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from evaluations.task import Sample, Task
 
 VALIDATION = "@validation"  # ends the name of a task's validation split
@@ -71,8 +74,13 @@ def make_batches(samples: Sequence[Sample], batch_size: int) -> tuple[tuple[Samp
     return tuple(tuple(batch) for batch in batches if batch)
 
 
-def plan_task(name: str, task: Task, samples: Sequence[Sample], batch_size: int, loaded: Any) -> PlannedTask:
+def plan_task(
+    name: str, task: Task, samples: Sequence[Sample], batch_size: int, loaded: Any, max_pixels: int = MAX_PIXELS
+) -> PlannedTask:
     """Order and measure the samples of a task.
+
+    Args:
+        max_pixels: samples with a larger image fail.
 
     Raises:
         ValueError: there are none, or two have the same id.
@@ -88,7 +96,7 @@ def plan_task(name: str, task: Task, samples: Sequence[Sample], batch_size: int,
     for ordered in (by_length, by_length[::-1]):
         for sample in ordered:
             try:
-                check_sample(sample)
+                check_sample(sample, max_pixels)
                 prepared = loaded.prepare(sample.image, sample.question)
             except Exception:  # it becomes a failed record later; here the next sample serves as well
                 continue
@@ -97,17 +105,17 @@ def plan_task(name: str, task: Task, samples: Sequence[Sample], batch_size: int,
     return PlannedTask(name, task, tuple(s for batch in batches for s in batch), batches, tuple(dict.fromkeys(lengths)))
 
 
-def check_sample(sample: Sample) -> None:
+def check_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
     """Refuse what no model can answer.
 
+    Returns:
+        The image as a model sees it.
+
     Raises:
-        ValueError: an empty question, or an image that cannot be decoded.
+        ValueError: an empty question, or an image that cannot be read (`visor.vision.image`).
     """
     if not sample.question.strip():
         raise ValueError("the question is empty")
     if sample.image is None:
         raise ValueError("the sample has no image")
-    try:
-        sample.image.load()  # PIL decodes when first asked, and that is where a damaged file shows
-    except Exception as error:
-        raise ValueError(f"the image cannot be read: {error}") from error
+    return as_rgb(sample.image, max_pixels)

@@ -16,6 +16,7 @@ from evaluations.config import RunConfig
 from evaluations.models import Models
 from evaluations.records import SCHEMA_VERSION, digest
 from evaluations.settings import Planner, Setting, make_settings
+from visor.vision.image import MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Plan:
         derived: those that follow from the records of others.
         validation: the validation splits of the tasks; empty where no policy needs them.
         seed: of the run, for the random policy.
+        max_pixels: samples with a larger image fail.
     """
 
     tasks: tuple[PlannedTask, ...]
@@ -50,6 +52,7 @@ class Plan:
     derived: tuple[Cell, ...] = ()
     validation: tuple[PlannedTask, ...] = ()
     seed: int = 0
+    max_pixels: int = MAX_PIXELS
 
     @property
     def all_cells(self) -> tuple[Cell, ...]:
@@ -109,7 +112,9 @@ def make_plan(
     derived = tuple(
         derived_cell(setting, task, cells, config.seed) for task in tasks for setting in settings if setting.derived
     )
-    return Plan(tuple(tasks), settings, tuple(cells), unreachable, derived, tuple(validation), config.seed)
+    return Plan(
+        tuple(tasks), settings, tuple(cells), unreachable, derived, tuple(validation), config.seed, config.max_pixels
+    )
 
 
 def derived_cell(setting: Setting, task: PlannedTask, cells: Sequence[Cell], seed: int) -> Cell:

@@ -12,6 +12,7 @@ from budgets.registry import METHODS, TASKS, check_name
 from evaluations.suite import Suite, SuiteTask
 from visor.inference import checkpoint
 from visor.inference.loading import ATTENTIONS, DTYPES
+from visor.vision.image import MAX_PIXELS
 
 DEVICES = ("cpu", "cuda", "mps")
 COST_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -38,6 +39,7 @@ class RunConfig:
         policies_asked: as the two above.
         cost_weights: lambdas of the cost-aware router.
         thresholds: of the cascade: it goes on while the first answer token is less likely.
+        max_pixels: samples with a larger image fail, and are recorded as such.
         checkpoints: (method, model) pairs: what a trained method runs on, instead of the shipped one.
     """
 
@@ -61,6 +63,7 @@ class RunConfig:
     cost_weights: tuple[float, ...] = COST_WEIGHTS
     thresholds: tuple[float, ...] = THRESHOLDS
     checkpoints: tuple[tuple[str, str], ...] = ()
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
@@ -78,7 +81,7 @@ class RunConfig:
         check_name("device", re.sub(r"^cuda:\d+$", "cuda", self.device), DEVICES)
         check_name("dtype", self.dtype, DTYPES)
         check_name("attention", self.attention, ATTENTIONS)
-        for name in ("batch_size", "limit"):
+        for name in ("batch_size", "limit", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

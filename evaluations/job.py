@@ -32,9 +32,11 @@ def load_model(config: RunConfig) -> Any:
     from visor.inference.loaded_model import LoadedModel
 
     try:
-        return LoadedModel.load(config.model, device=config.device, dtype=config.dtype, attention=config.attention)
+        loaded = LoadedModel.load(config.model, device=config.device, dtype=config.dtype, attention=config.attention)
     except (OSError, ImportError) as error:  # how transformers reports a broken folder, or an absent attention kernel
         raise ValueError(f"model {config.model!r} cannot be loaded: {error}") from error
+    loaded.max_pixels = config.max_pixels
+    return loaded
 
 
 def execute(
@@ -124,7 +126,7 @@ def _plan_task(entry: Any, config: RunConfig, models: Models, split: str = "test
     task = TASKS.get(entry.name)()
     samples = task.samples(entry.limit) if split == "test" else task.samples(entry.limit, split)
     name = entry.name + VALIDATION * (split == "validation")
-    return plan_task(name, task, samples, config.batch_size, models.base)
+    return plan_task(name, task, samples, config.batch_size, models.base, config.max_pixels)
 
 
 def dry_run_table(plan: Plan, planner: Planner) -> str:

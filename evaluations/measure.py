@@ -190,7 +190,7 @@ def timing_samples(plan: Plan, timing: TimingPlan) -> list[Sample]:
                 return list(chosen.values())
             if depth < len(queue):
                 try:
-                    check_sample(queue[depth])
+                    check_sample(queue[depth], plan.max_pixels)
                 except ValueError:  # a failed record of the accuracy pass; here the next sample takes its place
                     continue
                 chosen.setdefault(queue[depth].image_id, queue[depth])

@@ -49,6 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     add("--attention", default="sdpa", help="sdpa, eager or flash_attention_2 (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="samples in a batch of the accuracy pass (default: %(default)s)")
+    add("--max-pixels", type=int, default=argparse.SUPPRESS,
+        help="samples with a larger image fail (default: 89478485, where Pillow warns)")  # fmt: skip
     add("--limit", type=int, help="samples of each task, for a quick look (default: the suite's)")
     add("--out", type=Path, help="run folder, new or to be continued (default: runs/<suite>)")
     add("--seed", type=int, default=0, help="for methods that draw at random (default: %(default)s)")

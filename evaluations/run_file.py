@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from evaluations.provenance import collect
 from evaluations.records import RunFolder
+from visor.inference.training_facts import read_training
+from visor.vision.image import MAX_PIXELS
 
 if TYPE_CHECKING:
     from evaluations.cells import Plan
@@ -70,8 +72,9 @@ def check_continues(
         ValueError: something else differs; the message says what.
     """
     now = {**config.to_dict(), "checkpoint": checkpoint}
-    before = {**earlier["config"], "checkpoint": earlier["provenance"]["checkpoint"]["sha256"]}
-    must_agree = ("suite", "checkpoint", "device", "dtype", "attention", "batch_size", "limit", "seed")
+    before = {"max_pixels": MAX_PIXELS, **earlier["config"]}  # an option that older runs do not name
+    before["checkpoint"] = earlier["provenance"]["checkpoint"]["sha256"]
+    must_agree = ("suite", "checkpoint", "device", "dtype", "attention", "batch_size", "limit", "seed", "max_pixels")
     differ = [f"{name} was {before[name]}, now {now[name]}" for name in must_agree if before[name] != now[name]]
     for method, each in earlier["provenance"].get("checkpoints", {}).items():
         if method in others and others[method]["sha256"] != each["sha256"]:
@@ -108,5 +111,6 @@ def _checkpoint(name: str, loaded: Any) -> dict[str, Any]:
         "path": str(loaded.path),
         "sha256": loaded.checkpoint_sha256,
         "trained": card_says_trained(loaded.card),
+        "training": read_training(loaded.path, loaded.card),
         "card": loaded.card,
     }

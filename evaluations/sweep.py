@@ -84,6 +84,7 @@ class Sweep:
     ) -> None:
         self.models, self.plan, self.planner, self.folder, self.suite = models, plan, planner, folder, suite
         self.cache = cache
+        self.unsaved: dict[str, str] = {}  # why the image of a sample is not among those of the report
         # One look at the tower serves all methods: what any of them wants to see is recorded for all.
         self.taps = frozenset().union(*(setting.method.taps for setting in plan.settings))
 
@@ -122,13 +123,19 @@ class Sweep:
         return self._result(time.monotonic() - started)
 
     def _save_images(self, task: PlannedTask) -> None:
-        """The images that the report's explorer shows: a rule, not a choice."""
+        """The images that the report's explorer shows: a rule, not a choice.
+
+        An image that cannot be saved fails its sample, not the run.
+        """
         for sample in sorted(task.samples, key=lambda sample: sample.sample_id)[:NUM_EXPLORER_SAMPLES]:
             try:
-                check_sample(sample)
+                image = check_sample(sample, self.plan.max_pixels)
             except ValueError:
-                continue
-            self.folder.save_image(sample.image_id, sample.image)
+                continue  # it fails for the same reason when it is prepared
+            try:
+                self.folder.save_image(sample.image_id, image)
+            except (OSError, ValueError) as error:  # an id that is no file name, say
+                self.unsaved[sample.sample_id] = f"its image cannot be saved for the report: {describe(error)}"
 
     def _run_task(self, task: PlannedTask, states: list[CellState], progress: Progress) -> None:
         for number, batch in enumerate(task.batches):
@@ -146,7 +153,9 @@ class Sweep:
         inputs = BatchInputs(batch)
         for sample in batch:
             try:
-                check_sample(sample)
+                check_sample(sample, self.plan.max_pixels)
+                if sample.sample_id in self.unsaved:
+                    raise ValueError(self.unsaved[sample.sample_id])
                 inputs.prepared[sample.sample_id] = self.models[model].prepare(sample.image, sample.question)
             except Exception as error:
                 inputs.errors[sample.sample_id] = describe(error)

@@ -11,15 +11,36 @@ from typing import ClassVar, Literal
 
 from PIL import Image
 
+from visor.vision.image import as_rgb
 from visor.worlds.worlds import scene
 
 Kind = Literal["coarse", "fine-grained", "reasoning"]
 
 
 def image_id_of(image: Image.Image) -> str:
-    """Sixteen hex digits that stand for an image's size and pixels."""
-    pixels = image.convert("RGB")
-    return hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()[:16]
+    """Sixteen hex digits that stand for an image's size and pixels, as a model sees them.
+
+    An image that cannot be read has an id too, of its file or its numbers: its samples are to fail one by one, not to
+    end the list of samples that they stand in.
+    """
+    try:
+        pixels = as_rgb(image)
+        content = f"{pixels.size}".encode() + pixels.tobytes()
+    except ValueError as error:
+        content = f"{error} {image.mode} {image.size}".encode() + _undecoded(image)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _undecoded(image: Image.Image) -> bytes:
+    """The bytes of an image's open file, or of its numbers where they are in memory; empty if there are neither."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return image.tobytes() if min(image.size) else b""
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)  # Pillow goes on where it was
+    return content
 
 
 @dataclass(frozen=True)
@@ -28,7 +49,7 @@ class Sample:
 
     Args:
         task: name of the task it belongs to.
-        image: decoded, in RGB.
+        image: as Pillow opened it; models and the report see it as `visor.vision.image.as_rgb` does.
         question: what the model is asked, word for word.
         references: answers that count as right, at least one.
         image_id: hash of the pixels; questions about one image share it (and its `Image`).

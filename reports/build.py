@@ -20,7 +20,7 @@ from markupsafe import Markup
 from matplotlib.markers import MarkerStyle
 
 from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, setting_id, write_bytes_atomically
-from reports import explorer, latex, results, speed, tables
+from reports import explorer, latex, results, speed, tables, training
 from reports.analyses import Look, load_looks
 from reports.comparisons import ALPHA, MARGIN, Analysis, analyse
 from reports.data import Run, load
@@ -169,6 +169,8 @@ def _context(analysis: Analysis, drawings: list[Drawing], document: dict) -> dic
         "provenance": _optional(run.run.get("provenance")),
         "checkpoint": _optional(run.run.get("provenance", {}).get("checkpoint")),
         "verdict": verdict(analysis),
+        "training": [training.sentence(model) for model in training.models(run)],
+        "training_caveat": training.caveat(run),
         "tiles": tiles(analysis),
         "watermark": watermark(run),
         "figures": {name: (d.title, d.caption, Markup(d.page_svg)) for name, d in figures.items()},

@@ -17,6 +17,7 @@ import pandas as pd
 
 from evaluations.records import write_bytes_atomically
 from evaluations.statistics import Interval
+from reports import training
 from reports.comparisons import AVERAGE, Analysis, Costs
 from reports.data import FLOPS_PARTS, Setting
 
@@ -41,6 +42,8 @@ def results(analysis: Analysis) -> dict[str, Any]:
         "suite": analysis.run.run.get("suite", {}).get("name"),
         "limit": analysis.run.limit,
         "untrained_weights": analysis.run.untrained,
+        "training": [training.sentence(model) for model in training.models(analysis.run)],
+        "training_caveat": " ".join(training.caveat(analysis.run) or ()) or None,
         "notes": NOTES,
         "provenance": analysis.run.run.get("provenance", {}),
         "cells": [_cell(analysis, s, task) for s in analysis.run.settings for task in (*_tasks(analysis), AVERAGE)],

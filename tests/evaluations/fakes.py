@@ -50,6 +50,8 @@ class FakeSample:
 class BrokenImage:
     """What Pillow gives for a damaged file: an image until its pixels are asked for."""
 
+    size, mode = (8, 8), "RGB"
+
     def load(self):
         raise OSError("image file is truncated")
 

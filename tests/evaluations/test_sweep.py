@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from fakes import BrokenImage, FakeModel, FakeSample, make_config, make_task
+from PIL import Image
 
 from evaluations.batches import Lengths, make_batches, plan_task
 from evaluations.cells import make_plan
@@ -19,6 +20,7 @@ from evaluations.job import execute
 from evaluations.models import Models
 from evaluations.records import RunFolder, unpack_bits
 from evaluations.settings import Planner
+from visor.vision.image import as_rgb
 
 pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 FAKES = Path(__file__).parent / "fakes.py"
@@ -75,6 +77,7 @@ def test_run_json_says_what_and_where(unbroken):
     data = RunFolder.open(unbroken).read_run()
     assert data["suite"]["name"] == "fakes" and [t["num_samples"] for t in data["suite"]["tasks"]] == [10, 6]
     assert data["config"]["batch_size"] == 4 and data["limit"] is None
+    assert data["provenance"]["checkpoint"]["training"] is None  # a model that states nothing
     provenance = data["provenance"]
     assert provenance["checkpoint"]["trained"] is False and provenance["checkpoint"]["sha256"] == "c0ffee"
     assert provenance["packages"]["torch"] and provenance["threads"] >= 1
@@ -176,7 +179,13 @@ def test_a_failed_cell_is_a_record_and_the_others_go_on(unbroken, tmp_path, caps
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"question": "  "}, "the question is empty"), ({"image": BrokenImage()}, "image file is truncated")],
+    [
+        ({"question": "  "}, "the question is empty"),
+        ({"image": BrokenImage()}, "image file is truncated"),
+        ({"image": Image.new("RGB", (0, 0))}, "its size is 0 x 0"),
+        ({"image": Image.new("RGB", (90, 90))}, "90 x 90 pixels, and the limit is 8,000"),
+        ({"image_id": "no\0name"}, "its image cannot be saved for the report"),
+    ],
 )
 def test_a_bad_sample_is_a_recorded_failure(tmp_path, monkeypatch, capsys, change, message):
     from budgets.registry import TASKS
@@ -185,7 +194,7 @@ def test_a_bad_sample_is_a_recorded_failure(tmp_path, monkeypatch, capsys, chang
     good = made().samples(None)
     bad = FakeSample(**{**vars(good[0]), **change})
     monkeypatch.setattr(task, "samples", lambda self, limit: [bad, *good[1:]])
-    status, _ = run(make_config(tmp_path / "run", tasks=["fake_a"]))
+    status, _ = run(make_config(tmp_path / "run", tasks=["fake_a"], max_pixels=8000))
     assert status == 1
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["failed"], last["samples"], last["failed_samples"]) == (0, 20, 2)
@@ -194,7 +203,27 @@ def test_a_bad_sample_is_a_recorded_failure(tmp_path, monkeypatch, capsys, chang
         records = {r.sample_id: r for r in RunFolder(tmp_path / "run").samples(manifest.key)}
         assert message in records[bad.sample_id].error and records[bad.sample_id].answer is None
         assert sum(r.error is None for r in records.values()) == 9
-    assert run(make_config(tmp_path / "run", tasks=["fake_a"]))[0] == 1  # it still failed when nothing is left to do
+    again = make_config(tmp_path / "run", tasks=["fake_a"], max_pixels=8000)
+    assert run(again)[0] == 1  # it still failed when nothing is left to do
+
+
+def test_images_of_any_mode_are_saved_as_the_model_saw_them(tmp_path, monkeypatch):
+    from budgets.registry import TASKS
+
+    task, made = TASKS.get("fake_a"), make_task("fake_a")
+    modes = ("CMYK", "F", "LA", "I;16", "HSV", "1", "RGBA")
+    samples = [replace(s, image=Image.new(m, (3, 3)), image_id=f"of{m[0]}{len(m)}") for m, s in zip(
+        modes, made().samples(None), strict=False)]  # fmt: skip
+    monkeypatch.setattr(task, "samples", lambda self, limit: samples)
+    assert run(make_config(tmp_path / "run", tasks=["fake_a"]))[0] == 0
+    for sample in samples:
+        with Image.open(RunFolder(tmp_path / "run").image_path(sample.image_id)) as saved:
+            assert saved.mode == "RGB" and saved.tobytes() == as_rgb(sample.image).tobytes(), sample.image.mode
+
+
+def test_another_limit_of_pixels_is_another_run(unbroken):
+    with pytest.raises(ValueError, match="max_pixels was 89478485, now 100"):
+        run(make_config(unbroken, max_pixels=100))
 
 
 def test_batches_keep_an_image_together_and_depend_on_the_samples_alone():

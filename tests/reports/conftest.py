@@ -60,6 +60,8 @@ def write_run_folder(
     failed: tuple[str, ...] = (),
     timings: bool = True,
     seed: int = 0,
+    training: dict | None = None,
+    checkpoints: dict | None = None,
 ) -> Path:
     """A folder in the schema of evaluations.records with seeded, plausible records."""
     random = np.random.default_rng(seed)
@@ -249,8 +251,10 @@ def write_run_folder(
                     "path": "visor/checkpoints/dense-tiny",
                     "sha256": "ab" * 32,
                     "trained": trained_checkpoint,
+                    "training": training,
                     "card": None,
                 },
+                "checkpoints": checkpoints or {},
             },
             "limit": limit,
             "unreachable": [{"method": "hired", "budget": 0.01, "reason": "hired reaches 0.2 to 1"}] if failed else [],

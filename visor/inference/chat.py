@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import readable
+from visor.vision.image import MAX_PIXELS, as_rgb
 from visor.vision.prepared import PreparedSample, pixel_hash
 
 Message = Mapping[str, Any]
@@ -44,8 +44,10 @@ def load_processor(folder: Path) -> Any:
         ) from error
 
 
-def checked(messages: Sequence[Message], placeholder: str | None) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The messages with readable images, and these images in order.
+def checked(
+    messages: Sequence[Message], placeholder: str | None, max_pixels: int = MAX_PIXELS
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The messages with their images in RGB (`visor.vision.image`), and these images in order.
 
     Raises:
         ValueError: an unknown role, a part that is neither text nor image, an empty question, a text that holds the
@@ -70,7 +72,7 @@ def checked(messages: Sequence[Message], placeholder: str | None) -> tuple[list[
                     )
                 checked_parts.append({"type": "text", "text": part["text"]})
             elif kind == "image" and part.get("image") is not None:
-                images.append(readable(part["image"]))
+                images.append(as_rgb(part["image"], max_pixels))
                 checked_parts.append({"type": "image", "image": images[-1]})
             else:
                 raise ValueError(f"message {number}: a part must be a text or an image, got {kind!r}")
@@ -80,13 +82,18 @@ def checked(messages: Sequence[Message], placeholder: str | None) -> tuple[list[
     return result, images
 
 
-def prepare(processor: Any, adapter: FamilyAdapter, messages: Sequence[Message]) -> PreparedSample:
+def prepare(
+    processor: Any, adapter: FamilyAdapter, messages: Sequence[Message], max_pixels: int = MAX_PIXELS
+) -> PreparedSample:
     """A conversation, ready for the model.
+
+    Args:
+        max_pixels: larger images are refused.
 
     Raises:
         ValueError: see `checked`; or the chat template did not place the images.
     """
-    messages, images = checked(messages, getattr(processor, "image_token", None))
+    messages, images = checked(messages, getattr(processor, "image_token", None), max_pixels)
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

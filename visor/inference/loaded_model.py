@@ -33,6 +33,7 @@ from visor.inference.prompt import Generation, Prompt
 from visor.vision import encode
 from visor.vision.encode import VisionRow
 from visor.vision.features import ReducedFeatures
+from visor.vision.image import MAX_PIXELS
 from visor.vision.prepared import PreparedSample
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class LoadedModel:
         model: the Hugging Face model, its decoder made elastic.
         processor: its processor.
         adapter, geometry: its family and its sizes.
+        max_pixels: larger images are refused.
         name, path, checkpoint_sha256, card: which checkpoint it is; None where it was not loaded from a folder.
     """
 
@@ -68,6 +70,7 @@ class LoadedModel:
         self.processor = processor
         self.adapter: FamilyAdapter = adapter_for(model)
         self.geometry = geometries.from_config(model.config, name)
+        self.max_pixels = MAX_PIXELS
         self.name = name
         self.path: Path | None = None
         self.checkpoint_sha256: str | None = None
@@ -130,7 +133,7 @@ class LoadedModel:
         Raises:
             ValueError: something else than texts and readable images, or no question at the end.
         """
-        return chat.prepare(self.processor, self.adapter, messages)
+        return chat.prepare(self.processor, self.adapter, messages, self.max_pixels)
 
     # --- from images to prompts -----------------------------------------------------------------------------------
 

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from budgets.schedule import Schedule
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -75,16 +71,6 @@ def kept_over_image(prompt: Prompt, alive: Sequence[Tensor] | None) -> list[list
             kept_N = alive[index]
         kept_rows.append(None if kept_N is None else kept_N.tolist())
     return kept_rows
-
-
-def readable(image: Image) -> Image:
-    try:
-        image.load()
-        if min(image.size) < 1:
-            raise ValueError(f"its size is {image.size}")
-        return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds (OSError, SyntaxError, struct.error, ...) for broken files
-        raise ValueError(f"the image cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
