@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Positions, Schedule, dense
-from visor.engine.compat import uses_sliding_window
+from visor.engine.compat import attends_to_window
 from visor.engine.streams import PromptLayout, PromptStreams
 
 KeepMasks = Mapping[int, Sequence[Tensor]]
@@ -101,13 +101,14 @@ class Run:
             raise ValueError(f"keep_masks for layers {unknown}, the schedule reduces before {sorted(reductions)}")
         methods = {i: METHODS.get(r.method)(**dict(r.params)) for i, r in reductions.items()}
         run = cls(schedules, methods, False, keep_masks, visual, segments, choose, stop)
-        if not uses_sliding_window(decoder.config):
+        if not attends_to_window(decoder):
             return run
+        # The family's own forward makes the masks of such layers; the engine makes the causal mask only.
         if run.is_dense and segments is None:
             return cls(schedules, unmodified=True)
         raise ValueError(
-            "this decoder has sliding-window layers: their window counts cached tokens, and dropped tokens would widen "
-            "it. Only dense schedules run on it."
+            f"{type(decoder).__name__} has sliding-window layers (or chunked ones): their window counts cached tokens, "
+            "and dropped tokens would widen it. Only dense schedules run on it."
         )
 
     @property
