@@ -9,6 +9,7 @@ from schedules import schedule
 from tiny_models import IMAGE_TOKEN, NUM_LAYERS, VOCABULARY, generate, make_prompt
 
 from budgets.schedule import dense
+from visor.engine.compat import cache_of
 from visor.engine.decoder import install, running
 
 WINDOW = 8  # the prompt has 28 tokens
@@ -89,4 +90,4 @@ def test_what_only_looks_like_a_window_runs(spelling):
         with running(model, dense(NUM_LAYERS, 16)):
             assert torch.equal(model(**prompt).logits, expected)
         with running(model, schedule("ssssss", 16, {2: 0.5})):
-            assert model(**prompt).past_key_values.layer_lengths == (28, 28, 20, 20, 20, 20)
+            assert cache_of(model(**prompt)).layer_lengths == (28, 28, 20, 20, 20, 20)
