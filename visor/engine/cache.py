@@ -148,6 +148,13 @@ class ElasticCache(DynamicCache):
             self.layers[i].join(layers, order.to(layers[0].keys.device))
 
     @classmethod
+    def can_be(cls, cache: Cache | None) -> bool:
+        """True if `adopt` takes this cache."""
+        if cache is None or isinstance(cache, cls):
+            return True
+        return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
+
+    @classmethod
     def adopt(cls, cache: Cache | None, num_layers: int) -> ElasticCache | None:
         """Turn the empty DynamicCache that generate() made into an ElasticCache, in place: callers hold it already.
 

@@ -44,6 +44,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "GradientCheckpointingLayer",
+    "attends_to_window",
     "cache_argument",
     "cache_of",
     "capture_outputs",
@@ -56,7 +57,6 @@ __all__ = [
     "register_recordable",
     "rotated_heads",
     "start_weights",
-    "uses_sliding_window",
     "vision_rotated",
     "vision_window_index",
 ]
@@ -150,9 +150,27 @@ def causal_mask(
     )
 
 
-def uses_sliding_window(config: Any) -> bool:
-    """True if any decoder layer attends to a window only."""
-    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+def attends_to_window(decoder: nn.Module) -> bool:
+    """True if any layer of a decoder attends to less than the whole sequence, however its config spells that.
+
+    A config may name each layer's kind (`layer_types`: sliding, chunked, ...), or give one window or chunk for all
+    layers (Mistral, Phi-3, Starcoder2), or one for the layers from `max_window_layers` on, behind a switch.
+    """
+    config = decoder.config
+    kinds = getattr(config, "layer_types", None) or ()
+    if any(kind != "full_attention" for kind in kinds):
+        return True
+    attentions = [getattr(layer, "self_attn", None) for layer in decoder.layers]
+    if kinds and all(hasattr(attention, "sliding_window") for attention in attentions):
+        # Layers that know their own window follow the list. Others read the config alone, whatever the list says:
+        # MistralModel builds one windowed mask for all layers even where `layer_types` is all "full_attention".
+        return any(attention.sliding_window is not None for attention in attentions)
+    if not kinds and getattr(config, "attention_chunk_size", None) is not None:
+        return True
+    switch, first = getattr(config, "use_sliding_window", None), getattr(config, "max_window_layers", None)
+    if getattr(config, "sliding_window", None) is None or switch is False:
+        return False
+    return not switch or first is None or first < len(decoder.layers)
 
 
 def rotated_heads(attention: nn.Module, which: str, hidden_BND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -30,6 +30,7 @@ from visor.engine.compat import (
     one_cache,
     start_weights,
 )
+from visor.engine.cross_attention import weight_placement
 from visor.engine.decoder import install, running
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.model.configuration import ROUTER_INPUTS, VisorConfig
@@ -116,10 +117,10 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._make_router()
 
     def _make_router(self) -> None:
-        config, weight = self.config, self.get_output_embeddings().weight
+        config = self.config
         width, inputs = config.get_text_config().hidden_size, config.router.get("inputs", ROUTER_INPUTS)
         router = Router(width, inputs, config.router["hidden_size"], len(config.configurations))
-        self.router = router.to(weight.device, weight.dtype)
+        self.router = router.to(*weight_placement(self.get_output_embeddings(), self.get_decoder().norm))
 
     def _init_weights(self, module: nn.Module) -> None:
         if not start_weights(module):
