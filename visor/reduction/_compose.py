@@ -63,9 +63,11 @@ class Composite(Method):
 
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
         parts = self.parts()
-        if "encoder" in parts and getattr(parts["encoder"], "keep", 1) is None:
+        encoder = parts.get("encoder")
+        if getattr(encoder, "keep", 1) is None or getattr(encoder, "per_tile", False):
             raise ValueError(
-                f"{self.title}: a number of tokens that follows from the image cannot be composed; give keep"
+                f"{self.title}: a number of tokens that follows from the image cannot be composed; give keep, without "
+                "per_tile"
             )
         before = parts["encoder"].schedule(geometry, num_visual) if "encoder" in parts else None
         left = before.decoder_visual if before else num_visual
