@@ -158,8 +158,9 @@ def accuracy_table(analysis: Analysis) -> Table:
             on, probability = analysis.frontier[setting.id]
             words = "\u25cf on it" if on else "\u25cb dominated"
             row.append(TableCell(f"{probability:.2f}", words, probability, tone="on" if on else "off"))
-        elif setting.is_oracle or setting.repeats and analysis.average(setting):
-            row.append(TableCell("bound" if setting.is_oracle else "as its configuration", tone="quiet"))
+        elif setting.is_oracle or (setting.is_blind or setting.repeats) and analysis.average(setting):
+            words = "bound" if setting.is_oracle else "floor" if setting.is_blind else "as its configuration"
+            row.append(TableCell(words, tone="quiet"))
         else:
             row.append(missing(analysis, setting, AVERAGE))
         return row

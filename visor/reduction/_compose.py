@@ -118,6 +118,8 @@ def _compose(names: tuple[str, ...], classes: tuple[type[Method], ...]) -> type[
         rival = next((other for other, same in roles.items() if same == its_role and other != name), None)
         if name == "dense":
             raise ValueError(f"{'+'.join(names)}: dense has nothing to add to another method")
+        if name == "blind":
+            raise ValueError(f"{'+'.join(names)}: blind sees no visual token, so there is none for another to choose")
         if rival is not None:
             what = {"encoder": "both act on the encoder's side", "decoder": "both drop tokens inside the decoder",
                     "modes": "both say which layers see the image"}[its_role]  # fmt: skip
@@ -137,6 +139,7 @@ def _compose(names: tuple[str, ...], classes: tuple[type[Method], ...]) -> type[
         "trained": any(cls.trained for cls in classes),
         "taps": frozenset().union(*(cls.taps for cls in classes)),
         "stage": of_encoder.stage if of_encoder else "tower",
+        "version": sum(cls.version - 1 for cls in classes) + 1,
         "merges": any(cls.merges for cls in classes),
         "needs_config": next((cls.needs_config for cls in classes if cls.needs_config), None),
         "part_classes": dict(zip(names, classes, strict=True)),

@@ -47,6 +47,7 @@ class FlowCut(Method):
     title: ClassVar[str] = "FlowCut"
     paper: ClassVar[str] = "Tong et al., FlowCut: Rethinking Redundancy via Information Flow, NeurIPS 2025"
     stage: ClassVar[str] = "inside"
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_integer(self.title, "keep", self.keep, 1)

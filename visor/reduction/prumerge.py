@@ -51,6 +51,7 @@ class PruMerge(Method):
     taps: ClassVar[frozenset[str]] = frozenset({"last_salience", "last_keys"})
     merges: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True
+    usually_one_in: ClassVar[int] = 18  # tokens that stay on the authors' benchmarks
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -126,6 +127,8 @@ class PruMergePlus(PruMerge):
 
     name: ClassVar[str] = "prumerge+"
     title: ClassVar[str] = "PruMerge+"
+    version: ClassVar[int] = 2
+    usually_one_in: ClassVar[int] = 4
 
     def asked_for(self, scores_BN: torch.Tensor) -> torch.Tensor:
         import torch

@@ -64,6 +64,7 @@ class SparseVLM(Method):
     looks_back: ClassVar[bool] = True
     reads_embeddings: ClassVar[bool] = True
     merges: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     table: ClassVar[dict[int, tuple[int, int, int]]] = {
         0: (0, 0, 0), 64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110),
         576: (576, 576, 576),

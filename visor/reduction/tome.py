@@ -48,6 +48,7 @@ class ToMe(Method):
     paper: ClassVar[str] = "Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023"
     stage: ClassVar[str] = "inside"
     merges: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_integer(self.title, "keep", self.keep, 1)
