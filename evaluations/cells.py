@@ -67,7 +67,7 @@ def cell_key(cell_setting: Setting, task: PlannedTask, planner: Planner, config:
         {
             "schema": SCHEMA_VERSION,
             "checkpoint": checkpoint,
-            "method": [cell_setting.name, *_identity(cell_setting)],
+            "method": [cell_setting.name, *_identity(cell_setting), *_rule_version(cell_setting)],
             # The schedules at the shortest and longest question stand for the rule that makes them.
             "schedules": [planner.fitted(cell_setting, each)[1].to_json() for each in task.lengths],
             "task": [task.name, task.task.version, task.task.metric, task.task.max_new_tokens],
@@ -75,6 +75,11 @@ def cell_key(cell_setting: Setting, task: PlannedTask, planner: Planner, config:
             "numerics": [config.device.partition(":")[0], config.dtype, config.attention, config.batch_size],
         }
     )[:20]
+
+
+def _rule_version(setting: Setting) -> list[int]:
+    """The method's version where its rule has changed since records were first kept."""
+    return [setting.method.version] if setting.method.version > 1 else []
 
 
 def _identity(setting: Setting) -> list[Any]:

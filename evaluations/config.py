@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from budgets.match import check_tokens
 from budgets.policies import POLICIES
 from budgets.registry import METHODS, TASKS, check_name
 from evaluations.suite import Suite, SuiteTask
@@ -29,6 +30,8 @@ class RunConfig:
         tasks: tasks to run with their limits; in the order given.
         methods: registered methods, in the order given.
         budgets: decoder prefill FLOPs relative to dense, each in (0, 1], largest first.
+        tokens: budgets as papers state them, beside the others: visual tokens, mean over the decoder's layers, each
+            above 1, largest first.
         methods_asked, budgets_asked: True if they were asked for and are not the suite's default list. What was asked
             for and cannot be had is an error; what is merely in the default list is left out and said to be.
         model: shipped checkpoint, folder or Hub name.
@@ -64,11 +67,14 @@ class RunConfig:
     thresholds: tuple[float, ...] = THRESHOLDS
     checkpoints: tuple[tuple[str, str], ...] = ()
     max_pixels: int = MAX_PIXELS
+    tokens: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise ValueError(f"a budget is a share of the dense decoder's prefill FLOPs in (0, 1], got {budget:g}")
+        for tokens in self.tokens:
+            check_tokens(tokens)
         kinds = [("task", [task.name for task in self.tasks]), ("method", self.methods), ("policy", self.policies)]
         for kind, names in kinds:
             if not names:
@@ -117,6 +123,7 @@ class RunConfig:
         tasks: list[str] | None = None,
         methods: list[str] | None = None,
         budgets: list[float] | None = None,
+        tokens: list[float] | None = None,
         policies: list[str] | None = None,
         cost_weights: list[float] | None = None,
         thresholds: list[float] | None = None,
@@ -145,6 +152,7 @@ class RunConfig:
             cost_weights=tuple(sorted(set(COST_WEIGHTS if cost_weights is None else cost_weights))),
             thresholds=tuple(sorted(set(THRESHOLDS if thresholds is None else thresholds))),
             checkpoints=tuple(checkpoints or ()),
+            tokens=tuple(sorted(set(tokens or ()), reverse=True)),
             limit=limit,
             out=Path("runs") / suite.name if out is None else out,
             **rest,

@@ -35,7 +35,8 @@ class RecordsError(ValueError):
 
 
 def setting_id(method: str, budget: float | None = None, policy: str | None = None, value: float | None = None) -> str:
-    """`<method>:<policy>`, `<method>:<policy>(<value>)`, `<method>@<budget>` or, without a dial, `<method>`.
+    """`<method>:<policy>`, `<method>:<policy>(<value>)`, `<method>@<budget>` or, without a dial, `<method>`. A budget
+    above 1 is a number of visual tokens (`budgets.match`): "fastv@0.25", "fastv@192".
 
     Args:
         value: what tells settings of one policy apart: the configuration of "fixed", the cost weight of "router", the

@@ -33,6 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="methods to compare, `a+b` for two at once, or all (default: the suite's)")  # fmt: skip
     add("--budgets", type=numbers, metavar="X,Y",
         help="decoder prefill FLOPs relative to dense, in (0, 1] (default: the suite's)")  # fmt: skip
+    add("--tokens", type=lambda text: numbers(text, "token budgets"), metavar="N,M",
+        help="budgets as papers state them, beside --budgets: visual tokens, mean over the layers")  # fmt: skip
     add("--model", default="dense-tiny", help="shipped model, folder, or owner/name of the Hub (default: %(default)s)")
     add("--checkpoint", dest="checkpoints", type=method_and_model, action="append", metavar="METHOD=MODEL",
         help="what a trained method runs on (default: the shipped one; visor-tiny for dense-tiny)")  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from budgets.costs import Cost, price
 from budgets.geometry import ModelGeometry
-from budgets.match import BudgetError, fit
+from budgets.match import BudgetError, budget_label, counts_tokens, fit, fit_tokens
 from budgets.registry import METHODS
 from budgets.schedule import Schedule, dense
 from evaluations.batches import Lengths
@@ -30,6 +30,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 @dataclass(frozen=True)
 class Setting:
     """A method at a budget or under a policy. `budget` is None for a method that has no dial; dense is the budget 1.
+    Above 1 it is a number of visual tokens (`budgets.match`).
 
     Args:
         name: registered name of the method.
@@ -97,7 +98,8 @@ class Planner:
             if setting.family:
                 method = setting.family[self.configuration_within(setting, lengths)]
             elif setting.budget is not None and setting.name != "dense":
-                method = fit(setting.method, geometry, lengths.num_visual, lengths.num_text, setting.budget)
+                match = fit_tokens if counts_tokens(setting.budget) else fit
+                method = match(setting.method, geometry, lengths.num_visual, lengths.num_text, setting.budget)
             else:
                 method = setting.method
             known = self._fitted[setting, lengths] = (method, method.schedule(geometry, lengths.num_visual))
@@ -114,13 +116,15 @@ class Planner:
             return setting.configuration
         if setting.budget is None:
             raise ValueError(f"the configuration of {setting.id} depends on the sample, not on its lengths alone")
-        costs = self.relative_costs(setting, lengths)
+        in_tokens = counts_tokens(setting.budget)
+        costs = self.visual_tokens(setting, lengths) if in_tokens else self.relative_costs(setting, lengths)
         within = [i for i, cost in enumerate(costs) if cost <= setting.budget]
         if not within:
+            unit = "visual tokens, mean over the layers" if in_tokens else "of the dense decoder prefill FLOPs"
             raise BudgetError(
                 f"{setting.method.title} cannot meet a budget of {setting.budget:g} with {lengths.num_visual} visual "
                 f"and {lengths.num_text} text tokens: the cheapest configuration of the checkpoint costs "
-                f"{min(costs):.4g} of the dense decoder prefill FLOPs",
+                f"{min(costs):.4g} {unit}",
                 min(costs),
             )
         return max(within, key=lambda i: (costs[i], i))
@@ -130,6 +134,12 @@ class Planner:
         geometry, dense_flops = self.geometries[setting.model], self.dense_cost(lengths).decoder_prefill
         schedules = [method.schedule(geometry, lengths.num_visual) for method in setting.family]
         return [self.cost(s, lengths.num_text, setting.model).decoder_prefill / dense_flops for s in schedules]
+
+    def visual_tokens(self, setting: Setting, lengths: Lengths) -> list[float]:
+        """Visual tokens of each configuration of a setting's checkpoint, mean over the layers."""
+        geometry = self.geometries[setting.model]
+        schedules = [method.schedule(geometry, lengths.num_visual) for method in setting.family]
+        return [self.cost(s, lengths.num_text, setting.model).visual_tokens_mean for s in schedules]
 
     def cost(self, schedule: Schedule, num_text: int, model: str = "") -> Cost:
         """The price of the prefill on a checkpoint of the run."""
@@ -181,7 +191,7 @@ def make_settings(
             try:
                 _check_setting(setting, planner, lengths, models[model])
             except ValueError as error:
-                if config.budgets_asked and not setting.family:
+                if (config.budgets_asked or setting.budget in config.tokens) and not setting.family:
                     raise ValueError(f"{setting.id}: {error}") from error
                 if config.policies_asked and setting.policy in config.policies:
                     raise ValueError(f"policy {setting.policy!r}: {error}") from error
@@ -215,13 +225,13 @@ def _of_method(
     except ValueError:
         has_dial = True  # what is wrong comes up, with its reason, when the settings are fitted
     own = [] if has_dial and not method.adaptive else [Setting(name, method)]  # adaptive: also as the authors have it
-    return [Setting(name, method, budget) for budget in config.budgets if has_dial] + own
+    return [Setting(name, method, budget) for budget in (*config.budgets, *config.tokens) if has_dial] + own
 
 
 def _of_family(setting: Setting, config: RunConfig) -> list[Setting]:
     """Every configuration, the budgets, and the policies with their values."""
     settings = [replace(setting, policy="fixed", value=i) for i in range(len(setting.family))]
-    settings += [replace(setting, budget=budget) for budget in config.budgets]
+    settings += [replace(setting, budget=budget) for budget in (*config.budgets, *config.tokens)]
     values = {"router": (None, *config.cost_weights), "cascade": config.thresholds}
     for policy in config.policies:
         if policy != "fixed":
@@ -235,6 +245,12 @@ def _check_setting(setting: Setting, planner: Planner, lengths: Sequence[Lengths
     Raises:
         ValueError: with the reason.
     """
+    largest = max((each.num_visual for each in lengths), default=0)
+    if setting.budget is not None and counts_tokens(setting.budget) and lengths and setting.budget >= largest:
+        raise ValueError(
+            f"a budget of {budget_label(setting.budget)} leaves nothing out: the images have at most {largest} visual "
+            "tokens; give fewer"
+        )
     if not setting.derived or setting.budget is not None:
         loaded.check([planner.fitted(setting, each)[1] for each in lengths])
     elif setting.policy == "router" and not planner.router_flops(setting):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from budgets.match import budget_label
 from evaluations.records import Manifest, RunFolder, SampleRecord, TimingRecord
 from reports.style import method_rank
 
@@ -62,6 +63,11 @@ class Setting:
         return self.method == "dense"
 
     @property
+    def is_blind(self) -> bool:
+        """True for the control that sees no image: the floor under all methods, never a rival."""
+        return self.method == "blind"
+
+    @property
     def is_policy(self) -> bool:
         """True if it chooses among configurations; a fixed configuration is none."""
         return self.policy not in (None, "fixed")
@@ -100,7 +106,7 @@ class Setting:
             return f"{self.policy}, {'lambda' if self.policy == 'router' else 'threshold'} = {self.value:g}"
         if self.policy is not None:
             return f"{self.policy} policy"
-        return "" if self.budget is None or self.is_dense else f"{100 * self.budget:.3g} %"
+        return "" if self.budget is None or self.is_dense else budget_label(self.budget)
 
     @property
     def label(self) -> str:

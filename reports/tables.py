@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from budgets.match import counts_tokens
 from budgets.registry import METHODS
 from evaluations.noise import NOISY
 from evaluations.records import setting_id
@@ -113,8 +114,11 @@ def _out_of_reach(analysis: Analysis, entry: dict[str, Any], num_columns: int) -
     method, budget = entry["method"], entry["budget"]
     setting = next((s for s in analysis.run.settings if s.method == method and s.budget is not None), None)
     title = setting.title if setting else METHODS.get(method).title if method in METHODS else method
-    least = math.ceil(1000 * entry["least"]) / 10  # "at least" must not be rounded down
-    reach = TableCell(f"reaches {least:g} %", "at least", tone="quiet", note=entry["reason"])
+    # "at least" must not be rounded down, in either unit of a budget.
+    in_tokens = counts_tokens(budget)
+    scale, unit = (1, "tokens") if in_tokens else (100, "%")
+    least = f"{math.ceil(10 * scale * entry['least']) / 10:g} {unit}"
+    reach = TableCell(f"reaches {least}", "at least", tone="quiet", note=entry["reason"])
     trained = setting is not None and setting.trained
     absent = Setting(setting_id(method, budget, None), method, title, budget, None, trained)
     return Row(absent, [reach] + [TableCell("\u2013", tone="quiet", note=entry["reason"])] * (num_columns - 1))
@@ -183,8 +187,9 @@ def accuracy_table(analysis: Analysis) -> Table:
             on, probability = analysis.frontier[setting.id]
             words = "\u25cf on it" if on else "\u25cb dominated"
             row.append(TableCell(f"{probability:.2f}", words, probability, tone="on" if on else "off"))
-        elif setting.is_oracle or setting.repeats and analysis.average(setting):
-            row.append(TableCell("bound" if setting.is_oracle else "as its configuration", tone="quiet"))
+        elif setting.is_oracle or (setting.is_blind or setting.repeats) and analysis.average(setting):
+            words = "bound" if setting.is_oracle else "floor" if setting.is_blind else "as its configuration"
+            row.append(TableCell(words, tone="quiet"))
         else:
             row.append(missing(analysis, setting, AVERAGE))
         return row

@@ -33,6 +33,7 @@ SETTINGS = {
     "sparsevlm": {"tokens": 6},
     "sparsevlm-without-recycling": {"tokens": 6, "recycle": False, "positions": "kept"},
     "vtw": {},
+    "blind": {},
     "visor": {},
     "visor-no-self": {"self_layers": 0},
     "visor-text-only": {"self_layers": 0, "cross_layers": 0},

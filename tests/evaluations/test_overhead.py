@@ -21,7 +21,7 @@ PLACE = {
     "prumerge+": {"tower", "features"}, "fastervlm": {"tower", "features"}, "vispruner": {"tower", "features"},
     "divprune": {"features"}, "cdpruner": {"features"}, "random": {"features"}, "pooling": {"features"},
     "pooling_by": {"features"}, "downsample": {"features"}, "visor_tr2": {"features"}, "visor_tr4": {"features"},
-    "dense": set(), "visor": set(), "vtw": set(),  # nothing is chosen
+    "dense": set(), "visor": set(), "vtw": set(), "blind": set(),  # nothing is chosen
 }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ import pytest
 from fakes import BrokenImage, FakeModel, FakeSample, make_config, make_task
 from PIL import Image
 
+from budgets.registry import METHODS
 from evaluations.batches import Lengths, make_batches, plan_task
 from evaluations.cells import make_plan
-from evaluations.job import execute
+from evaluations.job import dry_run_table, execute
 from evaluations.models import Models
 from evaluations.records import RunFolder, unpack_bits
 from evaluations.settings import Planner
@@ -269,6 +270,34 @@ def test_an_unreachable_budget_is_left_out_of_a_default_list_and_an_error_when_a
     assert 0.11 < left_out["least"] < 0.5
     with pytest.raises(ValueError, match=r"fastv@0.11: FastV cannot meet a budget of 0.11 .* reaches 0\.\d+ to"):
         plan_of(make_config(tmp_path / "r", asked=(0.5, 0.11)))
+
+
+def test_token_budgets_run_beside_the_others_and_change_no_key(tmp_path):
+    methods = ["dense", "fastv", "pooling", "random"]
+    config = make_config(tmp_path / "r", methods=methods, tokens=[64, 72])
+    plan, planner = plan_of(config)
+    ids = [s.id for s in plan.settings]
+    assert ids == ["dense", *(f"{name}@{budget}" for name in methods[1:] for budget in ("0.5", "72", "64"))]
+    for setting in plan.settings:
+        if setting.budget > 1:
+            schedule = planner.fitted(setting, Lengths(144, 20))[1]
+            assert 50 < planner.cost(schedule, 20).visual_tokens_mean <= setting.budget
+    without, _ = plan_of(make_config(tmp_path / "r", methods=methods))
+    keys = {cell.setting.id: cell.key for cell in plan.cells}
+    assert {cell.setting.id: cell.key for cell in without.cells}.items() <= keys.items()
+    assert len(set(keys.values())) == len(ids)
+    table = dry_run_table(plan, planner)
+    row = next(line.split() for line in table.splitlines() if "random@64" in line)
+    assert "64.0" in row and any(part.endswith("%") for part in row)  # tokens and FLOPs, both
+    with pytest.raises(ValueError, match="a budget of 144 tokens leaves nothing out: the images have at most 144"):
+        plan_of(make_config(tmp_path / "r", methods=methods, tokens=[144]))
+
+
+def test_records_of_an_earlier_rule_are_not_taken_for_those_of_a_new_one(tmp_path, monkeypatch):
+    plan, _ = plan_of(make_config(tmp_path / "r", methods=["random"]))
+    monkeypatch.setattr(METHODS.get("random"), "version", 2)
+    later, _ = plan_of(make_config(tmp_path / "r", methods=["random"]))
+    assert plan.cells[0].key != later.cells[0].key
 
 
 def test_a_method_that_the_model_cannot_run_is_left_out_or_refused(tmp_path):

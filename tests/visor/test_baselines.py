@@ -27,6 +27,8 @@ TRAINED = [name for name in METHODS.names() if METHODS.get(name).trained]  # the
 NAMES = [*(name for name in METHODS.names() if name not in TRAINED and name != "dense"), *COMPOSED]
 TILES = ("llava_onevision", "llava_next", "smolvlm", "idefics3", "internvl")
 ANY_SIZE = ("qwen2_5_vl", "qwen3_vl")
+KEPT = {"prumerge++pyramiddrop": {"prumerge_plus_keep": 144}}
+"""What a composed method needs beside its defaults: a number, where a part counts by the image."""
 REFUSED = {
     **{(name, family): "dissolves its grid" for name in ("tome", "flowcut") for family in (*TILES, *ANY_SIZE)},
     **{("downsample", family): "cuts an image into tiles" for family in TILES},
@@ -50,7 +52,7 @@ def plan(name, family):
     """The schedule of each sample at the budget."""
     geometry, schedules = loaded(family).geometry, []
     for sample in samples(family, 8 if family in FAMILIES else 3):
-        method = METHODS.get(name)()
+        method = METHODS.get(name)(**KEPT.get(name, {}))
         try:
             method = fit(method, geometry, sample.num_visual, sample.num_text, BUDGET)
         except BudgetError:  # few settings, as DART's with few tokens: its own default

@@ -56,6 +56,7 @@ __all__ = [
     "one_cache",
     "register_recordable",
     "rotated_heads",
+    "rotated_ones",
     "start_weights",
     "vision_rotated",
     "vision_window_index",
@@ -182,6 +183,13 @@ def rotated_heads(attention: nn.Module, which: str, hidden_BND: Tensor, rotary: 
     rotate_half = sys.modules[type(attention).__module__].rotate_half
     cos_B1Nd, sin_B1Nd = (part.unsqueeze(1) for part in rotary)
     return heads_BHNd * cos_B1Nd + rotate_half(heads_BHNd) * sin_B1Nd
+
+
+def rotated_ones(attention: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """An all-ones query or key at each position, after RoPE: [B, N, head_dim]."""
+    cos_BNd, sin_BNd = rotary
+    rotate_half = sys.modules[type(attention).__module__].rotate_half
+    return cos_BNd + rotate_half(torch.ones_like(cos_BNd)) * sin_BNd
 
 
 def deepstack_output(features: list[Tensor], levels: list[list[Tensor]]) -> Any:

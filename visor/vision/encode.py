@@ -31,8 +31,8 @@ VisionRow = VisionFeatures | SeveralImages | None
 
 def taps_of(schedules: Sequence[Schedule]) -> frozenset[str]:
     """What the encoder-side methods of these schedules must see of the tower."""
-    names = {schedule.encoder.method for schedule in schedules if schedule.encoder}
-    return frozenset().union(*(METHODS.get(name).taps for name in names))
+    reductions = {schedule.encoder for schedule in schedules if schedule.encoder}
+    return frozenset().union(*(method_of(reduction).taps for reduction in reductions))
 
 
 def method_of(reduction: Reduction) -> Method:
@@ -80,8 +80,8 @@ def resolve(vision: Sequence[VisionRow], schedules: Sequence[Schedule]) -> list[
     """
     resolved = []
     for row, schedule in zip(vision, schedules, strict=True):
-        if row is not None and schedule.encoder is not None and METHODS.get(schedule.encoder.method).adaptive:
-            method = method_of(schedule.encoder)
+        method = method_of(schedule.encoder) if row is not None and schedule.encoder is not None else None
+        if method is not None and method.adaptive:
             if isinstance(row, SeveralImages):
                 raise ValueError(
                     f"{method.title}: how many tokens stay follows from the image, and the prompt has "
