@@ -34,8 +34,11 @@ def image_id_of(image: Image.Image) -> str:
 def _undecoded(image: Image.Image) -> bytes:
     """The bytes of an image's open file, or of its numbers where they are in memory; empty if there are neither."""
     file = getattr(image, "fp", None)
-    if file is None:
-        return image.tobytes() if min(image.size) else b""
+    if file is None or file.closed:
+        try:
+            return image.tobytes() if min(image.size) else b""
+        except Exception:  # its file was closed before it was read
+            return b""
     place = file.tell()
     file.seek(0)
     content = file.read()

@@ -56,6 +56,7 @@ def test_unreadable_images_have_ids_of_their_own(tmp_path):
         ids = [image_id_of(image) for image in (*nothing, *numbers, red, blue)]
         assert len(set(ids)) == 6
         assert ids == [image_id_of(image) for image in (*nothing, *numbers, red, blue)]
+    assert len(image_id_of(red)) == 16, "nor does a file that was closed too early end the list"
 
 
 def test_limit_and_names():
