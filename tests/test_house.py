@@ -6,6 +6,7 @@ what a reader must follow.
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,3 +183,10 @@ def test_rooms_say_what_they_are_for_and_cost_nothing():
             assert getattr(room, handed_on) is not None
     with pytest.raises(AttributeError, match="module 'visor.engine' has no attribute 'runing'"):
         importlib.import_module("visor.engine").runing  # noqa: B018
+
+
+def test_the_readme_shows_every_room():
+    """The picture of the rooms has all that there are, and none that there is not."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## The house")[2].partition("\n## ")[0]
+    named = set(re.findall(r"\b((?:visor/)?\w+)(?:/|\.py)(?=\s)", section))
+    assert named == {room.replace(".", "/") for room in FLOORS if room != "visor"}
