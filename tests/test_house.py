@@ -128,7 +128,7 @@ def test_engine_and_vision_know_the_contracts_only():
     ("room", "forbidden"),
     [
         ("budgets", {"torch", "transformers", "visor", "evaluations", "reports"}),
-        ("reports", {"torch", "transformers", "visor"}),
+        ("reports", {"torch", "transformers", "visor"}),  # but for how an image is opened: see below
         ("visor.worlds", {"torch", "transformers"}),
     ],
 )
@@ -142,7 +142,7 @@ def test_what_stays_out(room, forbidden):
         and room_of(to) != room
         and not (to in CONTRACTS and where == "annotation")
     }
-    assert not found
+    assert found - {("reports.explorer", "visor.vision.image")} == set()
 
 
 def circles(arrows: set[tuple[str, str]]) -> set[frozenset[str]]:
