@@ -220,7 +220,7 @@ def bench_harness(model: str, limit: int, rounds: int) -> Measured:
     from evaluations.settings import Planner
     from evaluations.suite import load_suite
     from evaluations.sweep import Sweep
-    from visor.inference.loaded_model import LoadedModel
+    from visor.inference import LoadedModel
 
     loaded = LoadedModel.load(model)
     models = Models(loaded)

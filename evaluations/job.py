@@ -29,7 +29,7 @@ def load_model(config: RunConfig) -> Any:
     Raises:
         ValueError: the device is not there, or the checkpoint cannot be used.
     """
-    from visor.inference.loaded_model import LoadedModel
+    from visor.inference import LoadedModel
 
     try:
         loaded = LoadedModel.load(config.model, device=config.device, dtype=config.dtype, attention=config.attention)

@@ -68,7 +68,7 @@ class Round:
                 _, clock = timed(lambda: self.loaded.prefill(*inputs, 1), self.synchronise)
                 prefill_ms = self._ms(clock)
             else:
-                self.loaded.assemble(*inputs)
+                self.loaded.collate(*inputs)
         scoring = self._scoring(watch)
         return Pass(tower_ms, prefill_ms, {place: in_tower[place] + scoring[place] for place in PLACES})
 

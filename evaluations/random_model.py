@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from budgets.geometry import ModelGeometry
 from budgets.schedule import Reduction
 from visor.engine.decoder import install
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel
 from visor.inference.loading import dtype_named
 from visor.vision.features import VisionFeatures, encode_inside, run_tower
 from visor.vision.prepared import PreparedSample

@@ -25,7 +25,7 @@ from evaluations.machine import machine, state
 from evaluations.records import RunFolder
 from evaluations.settings import Planner
 from evaluations.speed_config import SpeedConfig, why_not_measured
-from evaluations.speed_pass import measure, measure_apart, model_rows, schedule_of
+from evaluations.speed_pass import measure, measure_in_processes, model_rows, schedule_of
 
 KIND = "speed"
 
@@ -43,7 +43,7 @@ def execute(config: SpeedConfig, argv: Sequence[str], report: bool = True) -> in
         model_rows(config, planner, folder, why)
         failed: dict[str, str] = {}
     elif config.isolate:
-        failed = measure_apart(config, argv)
+        failed = measure_in_processes(config, argv)
     else:
         with folder.locked():
             failed = measure(config, planner, folder)
@@ -60,7 +60,7 @@ def execute(config: SpeedConfig, argv: Sequence[str], report: bool = True) -> in
     return FAILURES if failed else OK
 
 
-def priced(config: SpeedConfig, planner: Planner) -> list[dict[str, Any]]:
+def price_rows(config: SpeedConfig, planner: Planner) -> list[dict[str, Any]]:
     """What each setting costs at each length: what the report holds the times against."""
     rows = []
     for num_visual in config.visual_tokens:
@@ -99,7 +99,7 @@ def write_run(
         "model_as": config.model_as if why else None, "threads": config.threads, "isolate": config.isolate,
     }  # fmt: skip
     conditions = json.loads(json.dumps(conditions))
-    commands, prices, created = [command], priced(config, planner), datetime.now(timezone.utc).isoformat()
+    commands, prices, created = [command], price_rows(config, planner), datetime.now(timezone.utc).isoformat()
     if folder.run_path.exists():
         earlier = RunFolder.open(folder.path).read_run()
         if earlier.get("kind") != KIND or earlier["config"] != conditions:

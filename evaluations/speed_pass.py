@@ -60,7 +60,7 @@ def measure(config: SpeedConfig, planner: Planner, folder: RunFolder) -> dict[st
     return failed
 
 
-def measure_apart(config: SpeedConfig, argv: Sequence[str]) -> dict[str, str]:
+def measure_in_processes(config: SpeedConfig, argv: Sequence[str]) -> dict[str, str]:
     """Measure every cell in a process of its own. Returns those that failed."""
     failed = {}
     for num_visual in config.visual_tokens:

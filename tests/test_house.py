@@ -33,6 +33,7 @@ CONTRACTS = {"visor.reduction.method", "visor.families.base"}
 """May be imported by all of `visor/` and above; `budgets/` names them in annotations only."""
 
 EXCEPTIONS = {
+    ("visor", "budgets"),  # which refuses an old Python
     ("visor", "visor.model.registration"),  # `import visor` makes VISOR models known to transformers
     ("evaluations.job", "reports.build"),  # the last step of a run, imported when it is reached
     ("evaluations.speed_job", "reports.speed"),  # likewise
@@ -127,7 +128,7 @@ def test_engine_and_vision_know_the_contracts_only():
     ("room", "forbidden"),
     [
         ("budgets", {"torch", "transformers", "visor", "evaluations", "reports"}),
-        ("reports", {"torch", "transformers", "visor"}),
+        ("reports", {"torch", "transformers", "visor"}),  # but for how an image is opened: see below
         ("visor.worlds", {"torch", "transformers"}),
     ],
 )
@@ -141,7 +142,7 @@ def test_what_stays_out(room, forbidden):
         and room_of(to) != room
         and not (to in CONTRACTS and where == "annotation")
     }
-    assert not found
+    assert found - {("reports.explorer", "visor.vision.image")} == set()
 
 
 def circles(arrows: set[tuple[str, str]]) -> set[frozenset[str]]:

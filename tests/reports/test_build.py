@@ -242,7 +242,7 @@ def test_analyses_are_shown_if_the_folder_holds_them(make_run_folder, add_analys
     html = build(folder).read_text()
     page = Page(html)
     assert "How the model uses its visual tokens" in html and page.tags.count("script") == 1
-    figures = [d for d in page.ids if d.startswith("figure-looks_dense-tiny")]
+    figures = [d for d in page.ids if d.startswith("figure-observations_dense-tiny")]
     assert len(figures) == 1 and "Layers without the image" in html
 
 

@@ -20,7 +20,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel
 
 ROLES = {"system": 5, "user": 6, "assistant": 7}
 ANSWER, TILE = 8, 9  # the turn to be answered, and the text that names a tile

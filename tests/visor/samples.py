@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from tiny_models import make_model, make_prompt, visual_counts
 
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel
 from visor.vision.prepared import PreparedSample
 
 NUM_LAYERS = 4  # the fewest in which every in-decoder method finds its stages

@@ -14,7 +14,7 @@ from visor.analysis.cka import LayerSimilarity, cka, gram, hsic, similarity_to_f
 from visor.analysis.layer_drop import without_image_in
 from visor.analysis.observe import visual_places
 from visor.engine import decoder
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel
 from visor.vision.prepared import PreparedSample
 
 

@@ -95,7 +95,7 @@ def test_command(base_folder, tmp_path, capsys):
     assert "trained: false" in (out / "README.md").read_text()
     assert str(base_folder) not in (out / "config.json").read_text()
 
-    from visor.inference.loaded_model import LoadedModel
+    from visor.inference import LoadedModel
 
     loaded = LoadedModel.load(out)
     assert loaded.geometry.visor.configurations == ((), (1, 4))

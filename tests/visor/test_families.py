@@ -20,8 +20,8 @@ from visor.engine.decoder import running
 from visor.families.base import adapter_for
 from visor.inference.chat import load_processor
 from visor.inference.collate import image_arguments
-from visor.inference.prompt import arranged
-from visor.vision.multi_image import shared
+from visor.inference.prompt import reduce_prompt
+from visor.vision.multi_image import share_tokens
 from visor.vision.taps import TAPS
 
 MERGING = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "internvl")
@@ -108,7 +108,7 @@ def test_dropping_before_the_decoder_equals_dropping_at_its_entrance(family, mes
     sample = loaded.prepare_chat(CONVERSATIONS[messages])
     keep = round(0.4 * sample.num_visual)
     plan = METHODS.get("random")(keep=keep).schedule(loaded.geometry, sample.num_visual)
-    prompt = loaded.assemble([sample], loaded.encode([sample]), [plan])
+    prompt = loaded.collate([sample], loaded.encode([sample]), [plan])
     kept = prompt.kept[0]
     assert int(kept.sum()) == keep == prompt.features[0].shape[0]
     image_inputs = image_arguments(loaded.adapter, prompt)
@@ -119,7 +119,7 @@ def test_dropping_before_the_decoder_equals_dropping_at_its_entrance(family, mes
             position_ids=prompt.positions_BP,
             **image_inputs,
         ).logits[:, -1]
-        full = loaded.assemble([sample], loaded.encode([sample]), [dense(NUM_LAYERS, sample.num_visual)])
+        full = loaded.collate([sample], loaded.encode([sample]), [dense(NUM_LAYERS, sample.num_visual)])
         positions = "kept" if family in GRID else "contiguous"
         at_entrance = schedule("ssssss", sample.num_visual, {0: keep / sample.num_visual}, positions=positions)
         with running(loaded.model, at_entrance, keep_masks={0: [kept]}):
@@ -165,7 +165,7 @@ def test_pooling_keeps_places_in_the_image():
     assert sample.num_visual == 16
     plan = METHODS.get("pooling")(side=12).schedule(loaded.geometry, 16)  # half of LLaVA's side
     row = loaded.encode([sample], {"places"})[0]
-    prompt = loaded.assemble([sample], [row], [plan])
+    prompt = loaded.collate([sample], [row], [plan])
     first = sample.input_ids.index(IMAGE_TOKEN)
     assert (prompt.grid_positions[2:, 0, first : first + 4] - first).tolist() == [[1, 1, 3, 3], [1, 3, 1, 3]]
     assert torch.equal(prompt.levels[0][0], row.levels[0][0, [5, 7, 13, 15]])
@@ -239,12 +239,12 @@ def test_every_family_takes_every_tap():
 
 def test_arranging_prompts():
     ids = [1, 9, 9, 9, 2, 9, 9, 3]
-    assert arranged(ids, {9}, [(3, 2, None), (2, 1, None)]).sources == [0, 1, 2, 4, 5, 7]
-    assert arranged(ids, {9}, [(3, 2, [2, 0]), (2, 1, [1])], in_place=True).sources == [0, 3, 1, 4, 6, 7]
-    split = arranged(ids, {9}, [(5, 3, [4, 0, 2])])  # one image in two blocks
+    assert reduce_prompt(ids, {9}, [(3, 2, None), (2, 1, None)]).sources == [0, 1, 2, 4, 5, 7]
+    assert reduce_prompt(ids, {9}, [(3, 2, [2, 0]), (2, 1, [1])], in_place=True).sources == [0, 3, 1, 4, 6, 7]
+    split = reduce_prompt(ids, {9}, [(5, 3, [4, 0, 2])])  # one image in two blocks
     assert split.sources == [0, 1, 3, 4, 6, 7] and split.order == [1, 2, 0]
     with pytest.raises(ValueError, match="5 image tokens, its images have 4"):
-        arranged(ids, {9}, [(4, 2, None)])
+        reduce_prompt(ids, {9}, [(4, 2, None)])
 
 
 @pytest.mark.parametrize(
@@ -252,12 +252,12 @@ def test_arranging_prompts():
     [(4, [16, 16], [2, 2]), (5, [16, 16], [3, 2]), (3, [30, 1, 1], [1, 1, 1]), (10, [30, 1, 1], [8, 1, 1])],
 )
 def test_images_share_a_budget(keep, counts, shares):
-    assert shared(keep, counts) == shares and sum(shares) == keep
+    assert share_tokens(keep, counts) == shares and sum(shares) == keep
 
 
 def test_fewer_tokens_than_images():
     with pytest.raises(ValueError, match="1 visual tokens cannot be shared among 2 images"):
-        shared(1, [4, 4])
+        share_tokens(1, [4, 4])
 
 
 @pytest.mark.parametrize(

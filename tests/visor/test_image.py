@@ -195,7 +195,7 @@ def test_a_lazy_image_over_the_limit_is_not_decoded(monkeypatch):
 
 
 def test_chat_and_training_open_alike(tmp_path):
-    from visor.inference.chat import checked
+    from visor.inference.chat import check_messages
     from visor.training.data import BadRow, read_image
 
     drawn = drawing("RGBA")
@@ -203,14 +203,14 @@ def test_chat_and_training_open_alike(tmp_path):
     content = [{"type": "image", "image": drawn}, {"type": "text", "text": "what?"}]
     expected = as_rgb(drawn)
     found = [
-        checked([{"role": "user", "content": content}], None)[1][0],
+        check_messages([{"role": "user", "content": content}], None)[1][0],
         read_image(drawn, None, "row"),
         read_image("drawn.png", tmp_path, "row"),
         read_image({"bytes": encoded(drawn, "PNG")}, None, "row"),
     ]
     assert all(same(image, expected) for image in found)
     with pytest.raises(ValueError, match="2 x 1 pixels"):
-        checked([{"role": "user", "content": content}], None, max_pixels=1)
+        check_messages([{"role": "user", "content": content}], None, max_pixels=1)
     with pytest.raises(BadRow, match="its size is 0 x 0"):
         read_image(Image.new("RGB", (0, 0)), None, "row")
     with pytest.raises(BadRow, match="no image"):

@@ -422,7 +422,7 @@ def test_image_tokens_that_do_not_match_the_image():
 
 
 def test_weights_of_another_base(tmp_path):
-    from visor.inference.loaded_model import LoadedModel
+    from visor.inference import LoadedModel
 
     model = convert(make_llava())
     model.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from visor_models import CROSS_LAYERS, SLOTS, make_visor
 
 from budgets.costs import price
 from budgets.registry import METHODS
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel
 from visor.model.conversion import convert
 from visor.vision.encode import taps_of
 

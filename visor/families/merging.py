@@ -133,7 +133,7 @@ class TileMergingAdapter(MergingAdapter):
         from visor.vision.taps import BLOCK_OF_TAP, read_taps, tile_places, whole_image_places
 
         wanted = sorted({BLOCK_OF_TAP[tap] for tap in taps if tap in BLOCK_OF_TAP})
-        with reading({index: self.projections(self.blocks[index]) for index in wanted}) as seen:
+        with recorded_outputs({index: self.projections(self.blocks[index]) for index in wanted}) as seen:
             output = self.inner.get_image_features(**self.feature_arguments(pixel_inputs), return_dict=True)
         features = output.pooler_output
         features_ND = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
@@ -162,7 +162,7 @@ class TileMergingAdapter(MergingAdapter):
 
 
 @contextmanager
-def reading(modules: Mapping[int, Mapping[str, nn.Module]]):
+def recorded_outputs(modules: Mapping[int, Mapping[str, nn.Module]]):
     """Within it, forwards leave the outputs of the given modules in the dict, by block and name."""
     seen: dict[int, dict[str, Tensor]] = {index: {} for index in modules}
     handles = [

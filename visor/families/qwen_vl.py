@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from budgets.registry import FAMILIES
 from visor.engine.compat import deepstack_output, vision_rotated, vision_window_index
 from visor.engine.stopwatch import scoring
-from visor.families.merging import EncodedImage, MergingAdapter, reading
+from visor.families.merging import EncodedImage, MergingAdapter, recorded_outputs
 
 
 class QwenVLAdapter(MergingAdapter):
@@ -94,7 +94,7 @@ class QwenVLAdapter(MergingAdapter):
             for index in set(block_of.values())
         ]
         try:
-            with reading({index: {"qkv": blocks[index].attn.qkv} for index in set(block_of.values())}) as seen:
+            with recorded_outputs({index: {"qkv": blocks[index].attn.qkv} for index in set(block_of.values())}) as seen:
                 output = self.inner.get_image_features(
                     pixel_inputs["pixel_values"], pixel_inputs["image_grid_thw"], return_dict=True
                 )

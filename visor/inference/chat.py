@@ -44,7 +44,7 @@ def load_processor(folder: Path) -> Any:
         ) from error
 
 
-def checked(
+def check_messages(
     messages: Sequence[Message], placeholder: str | None, max_pixels: int = MAX_PIXELS
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """The messages with their images in RGB (`visor.vision.image`), and these images in order.
@@ -91,9 +91,9 @@ def prepare(
         max_pixels: larger images are refused.
 
     Raises:
-        ValueError: see `checked`; or the chat template did not place the images.
+        ValueError: see `check_messages`; or the chat template did not place the images.
     """
-    messages, images = checked(messages, getattr(processor, "image_token", None), max_pixels)
+    messages, images = check_messages(messages, getattr(processor, "image_token", None), max_pixels)
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -1,4 +1,4 @@
-"""Greedy answers to one prompt: what transformers' generate() is told, and what is kept of what it says.
+"""Greedy decoding of one prompt by transformers' own generate(): its arguments, and what is kept of its output.
 
 Shapes: B samples, W vocabulary.
 """
@@ -15,7 +15,7 @@ from visor.inference import collate
 from visor.inference.prompt import Generation, Prompt, kept_over_image
 
 
-class FirstToken:
+class FirstTokenProbability:
     """A logits processor that changes nothing and remembers how likely the first token was."""
 
     def __init__(self) -> None:
@@ -46,18 +46,18 @@ def stop_ids(model: nn.Module) -> set[int]:
     return set() if stop is None else {stop} if isinstance(stop, int) else set(stop)
 
 
-def until_stop(ids: list[int], stop: set[int]) -> list[int]:
+def truncate_at_stop(ids: list[int], stop: set[int]) -> list[int]:
     """The tokens before the first that ends an answer; behind it stands padding, where a batch went on."""
     return ids[: next((index for index, token in enumerate(ids) if token in stop), len(ids))]
 
 
-def answer(
+def answer_prompt(
     model: nn.Module, adapter: FamilyAdapter, tokenizer: Any, prompt: Prompt, max_new_tokens: int
 ) -> list[Generation]:
     """The answers to a batch, each up to its stop token."""
     from transformers import GenerationConfig
 
-    first, stop, pad = FirstToken(), stop_ids(model), pad_id(model, tokenizer)
+    first, stop, pad = FirstTokenProbability(), stop_ids(model), pad_id(model, tokenizer)
     # Every field that a checkpoint's own generation_config may set is set here: greedy means the same for all.
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
@@ -74,6 +74,6 @@ def answer(
         )
     reduces = any(op.reduce for op in prompt.schedules[0].layers)
     kept = kept_over_image(prompt, adapter.decoder.last_kept if reduces else None)
-    new_ids = [until_stop(ids, stop) for ids in sequences[:, prompt.input_ids_BP.shape[1] :].tolist()]
+    new_ids = [truncate_at_stop(ids, stop) for ids in sequences[:, prompt.input_ids_BP.shape[1] :].tolist()]
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
     return [Generation(*each) for each in zip(texts, map(tuple, new_ids), kept, first.confidence, strict=True)]

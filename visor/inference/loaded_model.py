@@ -178,24 +178,24 @@ class LoadedModel:
         """
         return encode.reduce(self.adapter, vision, schedules, prepared)
 
-    def assemble(
+    def collate(
         self, prepared: Sequence[PreparedSample], vision: Sequence[VisionRow], schedules: Sequence[Schedule]
     ) -> Prompt:
         """A left-padded batch of samples whose schedules have one structure, with reduced features.
 
         Raises:
-            ValueError: see `visor.inference.collate.assemble`.
+            ValueError: see `visor.inference.collate.collate_samples`.
         """
         pad_id = generation.pad_id(self.model, self.processor.tokenizer)
-        return collate.assemble(self.adapter, prepared, vision, schedules, pad_id)
+        return collate.collate_samples(self.adapter, prepared, vision, schedules, pad_id)
 
     def _prompts(
         self, prepared: Sequence[PreparedSample], vision: Sequence[VisionRow], schedules: Sequence[Schedule]
     ) -> Iterator[tuple[list[int], Prompt]]:
         """The samples grouped by the structure of their schedules: their places, and their batch."""
         self.check(schedules)
-        for members in collate.by_structure(schedules):
-            yield members, self.assemble(*([items[i] for i in members] for items in (prepared, vision, schedules)))
+        for members in collate.group_by_structure(schedules):
+            yield members, self.collate(*([items[i] for i in members] for items in (prepared, vision, schedules)))
 
     # --- answers --------------------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class LoadedModel:
         """Greedy answers in the order of the samples, whatever mix of schedules they have."""
         answers: list[Generation | None] = [None] * len(prepared)
         for members, prompt in self._prompts(prepared, vision, schedules):
-            own = generation.answer(self.model, self.adapter, self.processor.tokenizer, prompt, max_new_tokens)
+            own = generation.answer_prompt(self.model, self.adapter, self.processor.tokenizer, prompt, max_new_tokens)
             for index, answer in zip(members, own, strict=True):
                 answers[index] = answer
         return answers
@@ -266,9 +266,7 @@ class LoadedModel:
                 selection = self._select(request, [prepared[i] for i in members])
                 running = decoder.running(self.model, selection.schedules, choose=selection.choose)
             with running:
-                output = self.model(
-                    use_cache=True, logits_to_keep=1, **collate.forward_arguments(self.adapter, prompt)
-                )
+                output = self.model(use_cache=True, logits_to_keep=1, **collate.forward_arguments(self.adapter, prompt))
             next_ids_B1 = output.logits[:, -1:].argmax(-1)
             mask_BP = torch.nn.functional.pad(prompt.attention_mask_BP, (0, 1), value=1)
             next_positions_B1 = prompt.positions_BP[..., -1:] + 1

@@ -49,10 +49,10 @@ class Prompt:
         """Position ids: real tokens count from 0. Under M-RoPE [4, B, P]."""
         if self.grid_positions is not None:
             return self.grid_positions
-        return running_numbers(self.attention_mask_BP)
+        return sequential_positions(self.attention_mask_BP)
 
 
-def running_numbers(attention_mask_BP: Tensor) -> Tensor:
+def sequential_positions(attention_mask_BP: Tensor) -> Tensor:
     """Real tokens of each row counted from 0."""
     return (attention_mask_BP.cumsum(1) - 1).clamp(min=0)
 
@@ -74,7 +74,7 @@ def kept_over_image(prompt: Prompt, alive: Sequence[Tensor] | None) -> list[list
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class ReducedPrompt:
     """A prompt with fewer image tokens.
 
     Args:
@@ -86,12 +86,12 @@ class Arrangement:
     order: list[int] | None = None
 
 
-def arranged(
+def reduce_prompt(
     input_ids: Sequence[int],
     image_ids: set[int],
     images: Sequence[tuple[int, int, Sequence[int] | None]],
     in_place: bool = False,
-) -> Arrangement:
+) -> ReducedPrompt:
     """The prompt for images of which fewer tokens are left.
 
     Where an image has one block of image tokens, what is left of it fills the front of the block. Where its tiles have
@@ -134,4 +134,4 @@ def arranged(
             order += [first_feature + i for i in by_place]
         copied, start = own[-1] + 1, start + before
     sources += range(copied, len(input_ids))
-    return Arrangement(sources, None if order == list(range(len(order))) else order)
+    return ReducedPrompt(sources, None if order == list(range(len(order))) else order)

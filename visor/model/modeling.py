@@ -36,7 +36,7 @@ from visor.families.base import FamilyAdapter, adapter_for
 from visor.model.configuration import ROUTER_INPUTS, VisorConfig
 from visor.model.router import Router, RouterOutput
 from visor.model.selection import Request, Selection, schedule_of, select
-from visor.model.token_reduction import shorten
+from visor.model.token_reduction import reduce_inputs
 
 IGNORED = -100
 
@@ -90,24 +90,24 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         config.check()
         base = AutoModelForImageTextToText.from_config(config.base_config, dtype=torch.get_default_dtype())
-        self._take(base)
+        self._attach_base(base)
         self.post_init()
 
     @classmethod
-    def around(cls, base: nn.Module, config: VisorConfig) -> VisorForConditionalGeneration:
-        """A VISOR model of a base that is there already; it is taken over, not copied."""
+    def from_base(cls, base: nn.Module, config: VisorConfig) -> VisorForConditionalGeneration:
+        """A VISOR model of a base that exists already; the base becomes part of it and is not copied."""
         config._attn_implementation = base.config._attn_implementation
         config.dtype = base.config.dtype
         model = cls.__new__(cls)
         PreTrainedModel.__init__(model, config)
-        model._take(base)
+        model._attach_base(base)
         for module in model.modules():  # what the base has learned must not start anew
             module._is_hf_initialized = True
         model.post_init()
         return model.train(base.training)
 
-    def _take(self, base: nn.Module) -> None:
-        """Make a model the base, and add what VISOR adds."""
+    def _attach_base(self, base: nn.Module) -> None:
+        """Make a model the base, and add cross-attention blocks and, if configured, a router."""
         config = self.config
         config.base_config = base.config  # one object: a resized vocabulary shows in both
         self.base = install(
@@ -227,13 +227,13 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"this model has {what}; see add_router and set_configurations")
         vectors: list[Tensor] = []
 
-        def look(streams: Any) -> list[int]:
+        def record_vector(streams: Any) -> list[int]:
             vectors.append(self.router.vector(streams))
             return [0] * len(streams.num_text)
 
         inputs = self._prepared({"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
         alternatives = self.schedules(range(len(self.config.configurations)), [0] * len(self.config.configurations))
-        with running(self.base, alternatives, choose=look, stop=True):
+        with running(self.base, alternatives, choose=record_vector, stop=True):
             self.adapter.inner(**inputs, use_cache=False)
         return vectors[0]
 
@@ -250,7 +250,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         fed = any(inputs.get(name) is not None for name in self.adapter.raw_image_inputs)
         if self.config.reduction is None or not fed or inputs.get("input_ids") is None:
             return inputs
-        return shorten(self.adapter, self._geometry, self.config.reduction, inputs).inputs
+        return reduce_inputs(self.adapter, self._geometry, self.config.reduction, inputs).inputs
 
     def _lengths(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
         """Visual and text tokens of each sample, on the host."""
@@ -337,8 +337,8 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             result.loss = total / (labelled_BP.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
             if only_labels:
                 result.logits = logits_AW
-        nobody_asks = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.training
-        if not only_labels and not (nobody_asks and result.loss is not None):
+        logits_unused = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.training
+        if not only_labels and not (logits_unused and result.loss is not None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = head(hidden_BPD[:, kept])
         return result.to_tuple() if return_dict is False else result
@@ -391,11 +391,11 @@ def _chosen(selection: Selection | None, like: Tensor) -> Tensor | None:
     return None if selection is None else torch.tensor(selection.chosen, device=like.device)
 
 
-def _with_prompt(output: Any, prompt_ids: Tensor, num_shortened: int) -> Any:
+def _with_prompt(output: Any, prompt_ids: Tensor, reduced_length: int) -> Any:
     """Generated sequences behind the prompt as it was given, in the place of the shortened one."""
     ids = output if isinstance(output, Tensor) else output.sequences
     repeats = len(ids) // len(prompt_ids)  # beams that are returned
-    ids = torch.cat([prompt_ids.repeat_interleave(repeats, 0), ids[:, num_shortened:]], 1)
+    ids = torch.cat([prompt_ids.repeat_interleave(repeats, 0), ids[:, reduced_length:]], 1)
     if isinstance(output, Tensor):
         return ids
     output.sequences = ids

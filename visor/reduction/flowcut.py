@@ -87,7 +87,7 @@ class FlowCut(Method):
 
         from visor.engine.stopwatch import scoring
         from visor.engine.streams import take
-        from visor.vision.taps import reading_block
+        from visor.vision.taps import recorded_projections
 
         hidden_TPD = walk.embed(tiles)
         num_tiles, prefix, device = len(hidden_TPD), int(walk.has_cls), hidden_TPD.device
@@ -104,7 +104,7 @@ class FlowCut(Method):
                 bias_TP = torch.zeros(alive_TP.shape, dtype=hidden_TPD.dtype, device=device)
                 bias_TP = bias_TP.masked_fill(~alive_TP, torch.finfo(hidden_TPD.dtype).min)
                 bias_T1PP = bias_TP[:, None, None].expand(-1, -1, alive_TP.shape[1], -1)
-            with reading_block(block, "qkv" if index <= last else "") as seen:
+            with recorded_projections(block, "qkv" if index <= last else "") as seen:
                 hidden_TPD = walk.feed_forward(block, walk.attend(block, hidden_TPD, bias_T1PP))
             if index > last:
                 continue

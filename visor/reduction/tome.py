@@ -91,7 +91,7 @@ class ToMe(Method):
 
         from visor.engine.stopwatch import scoring
         from visor.engine.streams import take
-        from visor.vision.taps import reading_block, split_heads
+        from visor.vision.taps import recorded_projections, split_heads
 
         hidden_TPD = walk.embed(tiles)
         prefix = int(walk.has_cls)
@@ -103,7 +103,7 @@ class ToMe(Method):
             if self.size_bias and live < num_visual:  # before the first merge all sizes are 1, and the bias is 0
                 bias_T11P = size_TP.log().to(hidden_TPD.dtype)[:, None, None]
                 bias_T1PP = bias_T11P.expand(-1, -1, hidden_TPD.shape[1], -1)
-            with reading_block(block, "k") as seen:
+            with recorded_projections(block, "k") as seen:
                 hidden_TPD = walk.attend(block, hidden_TPD, bias_T1PP)
             if left < live:
                 with scoring("tower"):
