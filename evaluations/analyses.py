@@ -235,6 +235,8 @@ def _layer_drop(loaded: Any, task: Any, samples: Sequence[Any], batch_size: int,
         for column, rule in zip(scores, rules, strict=True):
             schedules = [rule(each.num_visual) for each in prepared]
             answers = loaded.generate(prepared, vision, schedules, task.max_new_tokens)
+            if errors := [answer.error for answer in answers if answer.error]:
+                raise ValueError(errors[0])
             column += [score(task.metric, a.text, s.references) for a, s in zip(answers, batch, strict=True)]
     reference = mean_interval(scores[0], images)
     tests = [paired_comparison([(column, scores[0], images)]) for column in scores[1:]]

@@ -73,6 +73,9 @@ def cell_key(cell_setting: Setting, task: PlannedTask, planner: Planner, config:
             "task": [task.name, task.task.version, task.task.metric, task.task.max_new_tokens],
             "samples": task.samples_digest,
             "numerics": [config.device.partition(":")[0], config.dtype, config.attention, config.batch_size],
+            # Only where it was asked for: the keys of all other runs stay what they were.
+            **({"generation": sorted(config.generation)} if config.generation else {}),
+            **({"system": config.system} if config.system is not None else {}),
         }
     )[:20]
 

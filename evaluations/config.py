@@ -44,6 +44,8 @@ class RunConfig:
         thresholds: of the cascade: it goes on while the first answer token is less likely.
         max_pixels: samples with a larger image fail, and are recorded as such.
         checkpoints: (method, model) pairs: what a trained method runs on, instead of the shipped one.
+        generation: (name, value) pairs of transformers' GenerationConfig, beside greedy decoding.
+        system: text of a system turn before each question; None for what the chat template does by itself.
     """
 
     suite: Suite
@@ -68,6 +70,8 @@ class RunConfig:
     checkpoints: tuple[tuple[str, str], ...] = ()
     max_pixels: int = MAX_PIXELS
     tokens: tuple[float, ...] = ()
+    generation: tuple[tuple[str, Any], ...] = ()
+    system: str | None = None
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
@@ -111,6 +115,11 @@ class RunConfig:
             if not any(uses(name) for name in self.methods):
                 raise ValueError(f"a checkpoint is given for {method!r}, but the methods are {', '.join(self.methods)}")
             checkpoint.locate(model)
+        settings = [name for name, _ in self.generation]
+        if twice := sorted({name for name in settings if settings.count(name) > 1}):
+            raise ValueError(f"--generation {twice[0]} is given twice")
+        if self.system is not None and not self.system.strip():
+            raise ValueError("--system is empty; leave it out for what the chat template does by itself")
         for task in self.tasks:
             TASKS.get(task.name)
         checkpoint.locate(self.model)
@@ -128,6 +137,7 @@ class RunConfig:
         cost_weights: list[float] | None = None,
         thresholds: list[float] | None = None,
         checkpoints: list[tuple[str, str]] | None = None,
+        generation: list[tuple[str, Any]] | None = None,
         limit: int | None = None,
         out: Path | None = None,
         **rest: Any,
@@ -152,6 +162,7 @@ class RunConfig:
             cost_weights=tuple(sorted(set(COST_WEIGHTS if cost_weights is None else cost_weights))),
             thresholds=tuple(sorted(set(THRESHOLDS if thresholds is None else thresholds))),
             checkpoints=tuple(checkpoints or ()),
+            generation=tuple(generation or ()),
             tokens=tuple(sorted(set(tokens or ()), reverse=True)),
             limit=limit,
             out=Path("runs") / suite.name if out is None else out,

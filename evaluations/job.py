@@ -32,7 +32,14 @@ def load_model(config: RunConfig) -> Any:
     from visor.inference import LoadedModel
 
     try:
-        loaded = LoadedModel.load(config.model, device=config.device, dtype=config.dtype, attention=config.attention)
+        loaded = LoadedModel.load(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            attention=config.attention,
+            generation_settings=dict(config.generation),
+            system=config.system,
+        )
     except (OSError, ImportError) as error:  # how transformers reports a broken folder, or an absent attention kernel
         raise ValueError(f"model {config.model!r} cannot be loaded: {error}") from error
     loaded.max_pixels = config.max_pixels

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluations.arguments import method_and_model, names, numbers
+from evaluations.arguments import key_and_value, method_and_model, names, numbers
 from evaluations.command import INTERRUPTED, USAGE, say
 from evaluations.job import execute
 from evaluations.suite import load_suite, suite_names
@@ -55,6 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="samples with a larger image fail (default: 89478485, where Pillow warns)")  # fmt: skip
     add("--limit", type=int, help="samples of each task, for a quick look (default: the suite's)")
     add("--out", type=Path, help="run folder, new or to be continued (default: runs/<suite>)")
+    add("--generation", type=key_and_value, action="append", metavar="KEY=VALUE",
+        help="a setting of transformers' GenerationConfig, such as num_beams=3 (default: greedy, and nothing that the "
+        "checkpoint asks for; what that is stands in run.json)")  # fmt: skip
+    add("--system", metavar="TEXT", help="a system turn before each question (default: the chat template's own)")
     add("--seed", type=int, default=0, help="for methods that draw at random (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the cells and what they will cost, and run nothing")
     add("--no-timing", dest="timing", action="store_false", help="leave the timing pass out")

@@ -8,6 +8,7 @@ unbroken run.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -198,11 +199,24 @@ class Sweep:
             if cell.setting.method.adaptive:
                 resolved = loaded.resolve(vision, [schedules[i] for i in ids])
                 schedules = dict(zip(ids, resolved, strict=True))
+            for i, one in zip(ids, prepared, strict=True):
+                try:
+                    loaded.check_length(one, schedules[i])
+                except ValueError as error:
+                    errors[i] = describe(error)
+            rows = [row for row, i in enumerate(ids) if i not in errors]
+            ids, prepared, vision = ([items[row] for row in rows] for items in (ids, prepared, vision))
+        if schedules and ids:
             ordered = [schedules[i] for i in ids]
             answers = loaded.generate(prepared, vision, ordered, cell.task.task.max_new_tokens)
             # What the router says of a sample does not depend on the configuration: it is asked once, with the first.
             asks = cell.setting.configuration == 0 and self._has_router(cell.setting)
             routing = loaded.route(prepared, vision, ordered) if asks else [None] * len(ids)
+            for i, answer, logits in zip(ids, answers, routing, strict=True):
+                if answer.error is not None:
+                    errors[i] = answer.error
+                elif logits is not None and not all(map(math.isfinite, logits)):
+                    errors[i] = f"the router's logits are not finite: {logits}"
             generations = {i: each for i, *each in zip(ids, answers, vision, routing, strict=True)}
         records = []
         for sample in inputs.samples:

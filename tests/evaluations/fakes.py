@@ -102,11 +102,17 @@ class FakeModel:
         self.encoded: list[tuple[str, float]] = []
         self.generated = 0
         self.fails_on = lambda schedule: False
+        self.faults: dict[str, str] = {}  # by question, why there is no answer
+        self.context_length = 10**6
 
     def check(self, schedules):
         for schedule in schedules:
             if schedule.layers_in(LayerMode.CROSS) and self.geometry.visor is None:
                 raise ValueError("this model has no trained cross-attention blocks")
+
+    def check_length(self, prepared, schedule):
+        if prepared.num_text + schedule.decoder_visual > self.context_length:
+            raise ValueError(f"the prompt has more than {self.context_length} tokens")
 
     def prepare(self, image, question):
         image.load()
@@ -135,6 +141,7 @@ class FakeModel:
             token_ids=(1,),
             confidence=int(hashed(batch, i)[8:12], 16) / 0xFFFF,
             kept=[j < s.decoder_visual for j in range(NUM_VISUAL)],
+            error=self.faults.get(prepared[i].question),
         )
         return [answer(i, schedule) for i, schedule in enumerate(schedules)]
 

@@ -136,6 +136,22 @@ class ElasticCache(DynamicCache):
         """
         self.num_skipped, self.num_fixed = prompt_length - super().get_seq_length(0), num_fixed
 
+    def count_as(self, num_more: int, fall_B1: Tensor) -> None:
+        """Count a prompt as longer than it ran: tokens were left out before the decoder that the caller still has.
+
+        From here on later tokens come with position ids that count those tokens too; they fall by as many, so that
+        they land where the shortened prompt ends.
+
+        Args:
+            num_more: columns that the given prompt has more.
+            fall_B1: real tokens of each sample that were left out; beams of a sample stand next to each other.
+        """
+        self.num_skipped += num_more
+        self.num_fixed += num_more
+        for layer in self.layers:
+            fall = fall_B1.to(layer.keys.device).repeat_interleave(layer.keys.shape[0] // len(fall_B1), 0)
+            layer.shift_B1 = fall if layer.shift_B1 is None else layer.shift_B1 + fall
+
     def join(self, start: int, parts: Sequence[tuple[Sequence[int], ElasticCache]]) -> None:
         """Fill the layers from `start` on with what groups of rows have cached, each in a cache of its own.
 

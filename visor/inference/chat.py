@@ -44,6 +44,45 @@ def load_processor(folder: Path) -> Any:
         ) from error
 
 
+def check_system(processor: Any, system: str) -> None:
+    """Refuse a system text that the chat template leaves out, as some do without a word.
+
+    Raises:
+        ValueError: with what the template makes of it.
+    """
+    ask = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    given = [{"role": "system", "content": [{"type": "text", "text": system}]}, *ask]
+    try:
+        rendered = processor.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise errors of their own (jinja2)
+        raise ValueError(f"the chat template takes no system turn: {error}") from error
+    if system.strip() not in rendered:
+        raise ValueError(f"the chat template leaves the system text {system!r} out: it makes {rendered!r}")
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that a decoder was made for; None where its config does not say.
+
+    RoPE scaling stretches what the decoder was first trained on. Configs write the stretched length, the first one, or
+    both; the longest that they mean counts, so that no prompt is refused that may run.
+    """
+    first = getattr(config, "max_position_embeddings", None)
+    if first is None:
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Decoders with layers of several kinds have one set of parameters a kind.
+    kinds = [each for each in scaling.values() if isinstance(each, Mapping)] or [scaling]
+    lengths = [first]
+    for each in kinds:
+        kind, factor = each.get("rope_type", each.get("type")), each.get("factor")
+        original = each.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if factor and (original or kind in ("linear", "dynamic")):
+            lengths.append(int(factor * (original or first)))
+    return max(lengths)
+
+
 def check_messages(
     messages: Sequence[Message], placeholder: str | None, max_pixels: int = MAX_PIXELS
 ) -> tuple[list[dict[str, Any]], list[Any]]:

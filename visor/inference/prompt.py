@@ -16,12 +16,14 @@ from budgets.schedule import Schedule
 @dataclass(frozen=True)
 class Generation:
     """An answer. `kept` tells of each of the N visual tokens whether it stood for itself in the last layer; None if
-    tokens were averaged, or there was no image. `confidence` is the probability of the first token."""
+    tokens were averaged, or there was no image. `confidence` is the probability of the first token. `error` says why
+    there is no answer, where the others of its batch have one."""
 
     text: str
     token_ids: tuple[int, ...]
     kept: list[bool] | None
     confidence: float | None = field(default=None, compare=False)  # answers are compared by what they say
+    error: str | None = None
 
 
 @dataclass(frozen=True)

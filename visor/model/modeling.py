@@ -9,6 +9,7 @@ vector.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, PreTraine
 
 from budgets.geometry import ModelGeometry, from_config
 from budgets.schedule import Schedule
+from visor.engine.cache import ElasticCache
 from visor.engine.compat import (
     CACHE,
     CausalLMOutputWithPast,
@@ -250,6 +252,9 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         fed = any(inputs.get(name) is not None for name in self.adapter.raw_image_inputs)
         if self.config.reduction is None or not fed or inputs.get("input_ids") is None:
             return inputs
+        cache = cache_argument(inputs)
+        if cache is not None and cache.get_seq_length() > 0:
+            return inputs  # a later turn: the images of the prompt are in the cache
         return reduce_inputs(self.adapter, self._geometry, self.config.reduction, inputs).inputs
 
     def _lengths(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -378,25 +383,82 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         request = Request(configuration, budget, policy, cost_weight)
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        given_ids = kwargs.get("input_ids")
+        given, given_ids = kwargs, kwargs.get("input_ids")
         kwargs = self._prepared(kwargs)
+        if given_ids is None or kwargs["input_ids"] is given_ids:
+            with self._running(request, kwargs):
+                return self.base.generate(generation_config=generation_config, **kwargs)
+        num_gone = given_ids.shape[1] - kwargs["input_ids"].shape[1]
+        generation_config = self._total_lengths(generation_config, kwargs, num_gone)
         with self._running(request, kwargs):
             output = self.base.generate(generation_config=generation_config, **kwargs)
-        if given_ids is None or kwargs["input_ids"] is given_ids:
-            return output
-        return _with_prompt(output, given_ids, kwargs["input_ids"].shape[1])
+        num_real = lambda mask_BP: mask_BP.sum(1, keepdim=True)
+        given_mask = given.get("attention_mask")
+        real_B1 = num_real(torch.ones_like(given_ids) if given_mask is None else given_mask.long())
+        fall_B1 = real_B1 - num_real(kwargs["attention_mask"])
+        return _with_prompt(output, given_ids, kwargs["input_ids"].shape[1], fall_B1)
+
+    def _total_lengths(self, generation_config: Any, kwargs: dict[str, Any], num_gone: int) -> Any:
+        """The settings of a shortened prompt: total lengths count the prompt as it was given, so they fall with it.
+
+        Changes `kwargs`, and returns the generation config to use.
+
+        Raises:
+            ValueError: a total length that the prompt alone exceeds.
+        """
+        own = self.generation_config
+        shorter = copy.deepcopy(generation_config)
+        for name in ("max_length", "min_length"):
+            if kwargs.get(name) is not None:
+                holder, value = "kwargs", kwargs[name]
+            else:
+                holder = "config"
+                value = getattr(generation_config, name, None)
+                value = getattr(own, name, None) if value is None else value
+            if value is None:
+                continue
+            left = value - num_gone
+            given = kwargs["input_ids"].shape[1] + num_gone
+            if name == "max_length" and value <= given and not _says_new_tokens(kwargs, generation_config, own):
+                raise ValueError(f"max_length is {value}, the prompt has {given} tokens; give max_new_tokens")
+            if holder == "config" and generation_config is not None:
+                setattr(shorter, name, max(left, 0))
+            else:
+                kwargs[name] = max(left, 0)
+        return shorter
 
 
 def _chosen(selection: Selection | None, like: Tensor) -> Tensor | None:
     return None if selection is None else torch.tensor(selection.chosen, device=like.device)
 
 
-def _with_prompt(output: Any, prompt_ids: Tensor, reduced_length: int) -> Any:
-    """Generated sequences behind the prompt as it was given, in the place of the shortened one."""
+def _says_new_tokens(*settings: Any) -> bool:
+    """True if one of these says how many new tokens are wanted, which goes before any total length."""
+    name = "max_new_tokens"
+    return any((s.get(name) if isinstance(s, dict) else getattr(s, name, None)) is not None for s in settings)
+
+
+def _with_prompt(output: Any, prompt_ids: Tensor, reduced_length: int, fall_B1: Tensor) -> Any:
+    """What was generated behind the prompt as it was given, in the place of the shortened one.
+
+    The cache then counts the given prompt too: a second turn repeats these ids, and transformers feeds what the cache
+    has not seen of them.
+
+    Args:
+        fall_B1: how many real tokens of each row are gone.
+    """
     ids = output if isinstance(output, Tensor) else output.sequences
     repeats = len(ids) // len(prompt_ids)  # beams that are returned
     ids = torch.cat([prompt_ids.repeat_interleave(repeats, 0), ids[:, reduced_length:]], 1)
     if isinstance(output, Tensor):
         return ids
     output.sequences = ids
+    cache = cache_of(output)
+    if isinstance(cache, ElasticCache):
+        cache.count_as(prompt_ids.shape[1] - reduced_length, fall_B1)
+    elif cache is not None:
+        raise ValueError(
+            f"a {type(cache).__name__} cannot count tokens that a reduction left out, and a second turn would feed it "
+            "the wrong ones; leave cache_implementation unset, or return_dict_in_generate"
+        )
     return output
