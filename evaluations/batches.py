@@ -106,11 +106,11 @@ def plan_task(
     return PlannedTask(name, task, tuple(s for batch in batches for s in batch), batches, tuple(dict.fromkeys(lengths)))
 
 
-def check_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
+def check_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image | None:
     """Refuse what no model can answer.
 
     Returns:
-        The image as a model sees it.
+        The (first) image as a model sees it; None for a conversation without one.
 
     Raises:
         ValueError: an empty question, or an image that cannot be read (`visor.vision.image`).

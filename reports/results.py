@@ -123,6 +123,8 @@ def _cell(analysis: Analysis, setting: Setting, task: str) -> dict[str, Any]:
         "status": status,
         "error": error,
     }
+    if aggregate := getattr(run.manifests.get((setting.id, task)), "aggregate", None):
+        cell["aggregate"] = aggregate  # of a benchmark that has its own
     cell["not_measured"] = _reasons(cell, costs, setting)
     return cell
 

@@ -86,6 +86,7 @@ class LmmsTask(Task):
 
     name: ClassVar[str] = "lmms:"
     title: ClassVar[str] = "lmms-eval"
+    metric: ClassVar[str] = "score per document"  # whose mean is not always the benchmark's figure: see `aggregate`
     kind: ClassVar[Kind] = "coarse"
     benchmark: ClassVar[Benchmark | None] = None
     task_of_lmms: ClassVar[str] = ""
@@ -101,7 +102,6 @@ class LmmsTask(Task):
         self.texts = task.eval_docs_no_media
         self.num_samples = len(self.documents)
         self.max_new_tokens, self.stop_strings = generation_limits(task.config.generation_kwargs or {}, self.name)
-        self.metric = self.benchmark.metric if self.benchmark else next(iter(task.aggregation()))
         asked = [self.chat, self.max_new_tokens, self.stop_strings, str(task.config.filter_list)]
         kind = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
         self.version = f"{library.installed_version()}, {task.VERSION}, {kind}"
