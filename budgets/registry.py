@@ -143,7 +143,8 @@ class Registry:
         return iter(self.names())
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names()
+        """True for all names of a scheme: only `get` looks at what stands behind the colon."""
+        return name.partition(":")[0] in self.schemes if ":" in name else name in self.names()
 
 
 METHODS = Registry("method", "visor.reduction", "visor.methods", composer="visor.reduction._compose:compose")

@@ -78,19 +78,22 @@ def read_config(name: str) -> dict[str, Any]:
         ValueError: no such task, or one that is no single task of generated answers, or one that needs a judge.
     """
     index = _tasks().task_index
+    from lmms_eval.utils import load_yaml_config
+
     check_name("task of lmms-eval", name, list(index))
     for beginning, reason in JUDGED.items():
         if name.startswith(beginning) and "static" not in name:
             raise ValueError(f"lmms:{name} {reason}")
     entry = index[name]
     if entry["type"] != "task":
-        parts = [each for each in entry.get("task") or [] if isinstance(each, str)]
+        listed = entry.get("task")
+        if not isinstance(listed, list):  # of a group it is in its file
+            listed = load_yaml_config(entry["yaml_path"], mode="simple").get("task", [])
+        parts = [each for each in listed if isinstance(each, str)]
         raise ValueError(
             f"lmms:{name} is a {entry['type'].replace('_', ' ')} of lmms-eval, not a single task"
             + (f"; name its tasks: {', '.join(f'lmms:{part}' for part in parts)}" if parts else "")
         )
-    from lmms_eval.utils import load_yaml_config
-
     config = load_yaml_config(entry["yaml_path"], mode="full")
     output = config.get("output_type", "generate_until")
     if output != "generate_until":
