@@ -28,42 +28,45 @@ def with_choices(question: str, choices: Sequence[str]) -> str:
 def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
     """The letter of the choice that an answer names; None if it names none, or several.
 
-    In this order: the letter alone, with or without a bracket, full stop or colon behind it ("B", "(b)", "B. blue");
-    the letter behind "answer is", "answer:", "option" or "choice"; the text of exactly one choice, alone; a capital
-    letter in brackets or alone among other words, if exactly one letter stands so; the text of exactly one choice
-    within the answer.
+    In this order: the letter alone or at the beginning ("B", "(b)", "B. blue"); the letter behind "answer is",
+    "answer:", "option" or "choice"; the text of a choice and nothing else; the one letter that stands among other
+    words; the one choice whose text stands among other words.
     """
     letters, text = LETTERS[: len(choices)], " ".join(answer.split())
-    one = f"[{letters}{letters.lower()}]"
-    alone = re.fullmatch(rf"\(?({one})\)?[.:,]?", text) or re.match(rf"(?:\(({one})\)|({one})[.:)])(?=\s|$)", text)
-    if alone:
-        return next(group for group in alone.groups() if group).upper()
-    said = re.findall(rf"(?i:answer(?: is)?|option|choice)\s*(?:is|:)?\s*\(?({one})\b(?!['’])\)?", text)
-    if len(set(map(str.upper, said))) == 1:
-        return said[0].upper()
-    plain = lambda each: " ".join(each.lower().split()).strip(" .,;:!?\"'")
-    same = [letter for letter, choice in zip(letters, choices, strict=True) if plain(choice) == plain(text)]
-    if len(same) == 1:
-        return same[0]
-    # "A" also begins sentences, and "I" is a word: as words they name nothing unless in brackets.
-    standing = set(re.findall(rf"\(([{letters}])\)", text)) or set(re.findall(rf"\b([{letters}])\b(?!['’])", text)) - {
-        "A", "I"
-    }  # fmt: skip
-    if len(standing) == 1:
-        return standing.pop()
-    words = f" {plain(re.sub(r'[^a-z0-9.%+-]+', ' ', text.lower()))} "
+    any_case = f"[{letters}{letters.lower()}]"
+    first = re.fullmatch(rf"\(?({any_case})\)?[.:,]?", text) or re.match(
+        rf"(?:\(({any_case})\)|({any_case})[.:)])(?=\s|$)", text
+    )
+    if first:
+        return next(group for group in first.groups() if group).upper()
+    # "A" is also an article and "I" a word: unless something ends there, they name nothing. Nor does a small letter.
+    words = "".join(letter for letter in letters if letter in "AI")
+    clear = "".join(letter for letter in letters if letter not in "AI")
+    ends = r"(?=\s*(?:[.,;:)\]]|$|and\b|or\b|because\b|since\b))"
+    letter = rf"(?:\(({any_case})\)|([{clear}])\b(?!['’])|([{words}]){ends})"
+    for pattern in (rf"(?i:\b(?:answer|option|choice)\b(?:\s*(?:is|:))*)\s*{letter}", rf"(?<![\w'’]){letter}"):
+        named = {next(group for group in found if group).upper() for found in re.findall(pattern, text)}
+        if named:
+            return named.pop() if len(named) == 1 else None
+        same = [at for at, choice in zip(letters, choices, strict=True) if _plain(choice) == _plain(text)]
+        if len(same) == 1:
+            return same[0]
     within = [
-        letter
-        for letter, choice in zip(letters, choices, strict=True)
-        if plain(choice) and f" {plain(re.sub(r'[^a-z0-9.%+-]+', ' ', choice.lower()))} " in words
+        at
+        for at, choice in zip(letters, choices, strict=True)
+        if _plain(choice) and f" {_plain(choice)} " in f" {_plain(text)} "
     ]
     return within[0] if len(within) == 1 else None
+
+
+def _plain(text: str) -> str:
+    """Small letters and figures, everything else a single space."""
+    return re.sub(r"[^\w%+-]+", " ", text.lower()).strip()
 
 
 def short_answer(answer: str) -> str:
     """A free answer without what models put around it: reasoning in tags, "the answer is", quotes, further lines."""
     text = re.sub(r"(?s)^.*</think>", "", answer).strip()
-    found = re.findall(r"(?i)\banswer(?:\s+is|\s*:)\s*:?\s*([^\n]+)", text)
-    text = found[-1] if found else text.split("\n")[0]
-    text = text.strip().strip("*\"'` ")
+    text = re.split(r"(?i)\banswer(?:\s+is|\s*:)\s*:?", text)[-1].strip()
+    text = text.split("\n")[0].strip("*\"'` ")
     return re.sub(r"\.$", "", text).strip("*\"'` ")

@@ -56,7 +56,7 @@ class Question:
     @property
     def image(self) -> Image.Image:
         """Decoded anew each time, so that a large folder does not fill the memory."""
-        return Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+        return Image.open(io.BytesIO(self.source if isinstance(self.source, bytes) else self.source.read_bytes()))
 
 
 def task_of(folder: str) -> type[FolderTask]:
@@ -78,7 +78,6 @@ class FolderTask(Task):
     title: ClassVar[str] = "Own data"
     kind: ClassVar[Kind] = "coarse"
     max_new_tokens: ClassVar[int] = 32
-    stop_strings: ClassVar[tuple[str, ...]] = ("\n",)
     path: ClassVar[Path]
 
     def __init__(self) -> None:
@@ -151,7 +150,7 @@ def _rows(file: Path) -> Iterator[Any]:
 
         try:
             yield from pq.read_table(file).to_pylist()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # pyarrow's own errors are either
             raise ValueError(f"{file} cannot be read as parquet: {error}") from error
         return
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):

@@ -16,7 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m evaluations.lmms", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write tasks of this project as a folder for lmms-eval's --include_path")
+    export = commands.add_parser("export", help="write our tasks as a folder for lmms-eval's --include_path")
     export.add_argument("folder", type=Path)
     export.add_argument("--tasks", type=names, default=["easy_vqa"], metavar="A,B", help="default: easy_vqa")
     export.add_argument("--limit", type=int, help="samples of each task (default: all that it has)")
