@@ -85,7 +85,7 @@ def _num_rows(folder: Path, configuration: str | None, split: str) -> int:
     for file in files:
         try:
             rows += pq.read_metadata(file).num_rows
-        except (OSError, ValueError) as error:  # a download that broke off, or a pointer of Git LFS in the place of the file
+        except (OSError, ValueError) as error:  # a broken download, or a pointer of Git LFS
             raise ValueError(f"{file} cannot be read as parquet ({' '.join(str(error).split())[:80]})") from error
         shards = re.search(r"-(\d{5})-of-(\d{5})", file.name)
         if shards and int(shards[2]) != len(files):

@@ -88,8 +88,9 @@ def test_parquet_with_images_inside_asks_the_same(folder, tmp_path_factory):
     import pyarrow.parquet as pq
 
     other = tmp_path_factory.mktemp("parquet")
+    several = lambda answers: [answers] if isinstance(answers, str) else answers
     inside = [
-        {**row, "answers": [row["answers"]] if isinstance(row["answers"], str) else row["answers"],
+        {**dict.fromkeys(("metric", "choices", "id")), **row, "answers": several(row["answers"]),
          "image": {"bytes": (folder / row["image"]).read_bytes(), "path": None}}
         for row in ROWS
     ]  # fmt: skip

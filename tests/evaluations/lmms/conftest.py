@@ -28,9 +28,14 @@ def lmms_eval():
 def data_root(lmms_eval, tmp_path_factory):
     """A folder with the data sets of all benchmarks, a few rows each, and nothing from the network."""
     import benchmark_rows
+    import datasets
+    import huggingface_hub
 
     patch = pytest.MonkeyPatch()
-    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("HF_HUB_OFFLINE", "1")  # for other processes; this one has read it already
+    patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     root = benchmark_rows.write(tmp_path_factory.mktemp("data"))
     yield root
     patch.undo()
