@@ -15,8 +15,8 @@ from typing import Any
 from budgets.registry import check_name
 
 PIP_LINES = (
-    "pip install --no-deps lmms-eval==0.7.3 && pip install -r requirements/lmms.txt (the light way, no torchvision), "
-    "or pip install visor[lmms] (everything that it declares)"
+    "pip install --no-deps lmms-eval==0.7.3 && pip install -r requirements/lmms-light.txt (the light way, no "
+    "torchvision), or pip install visor[lmms] (all that it declares); docs/real-models.md has more"
 )
 MODEL_NAME = "visor"
 """What lmms-eval's task files would call us, if one of them had a prompt for us: we get the default ones."""
