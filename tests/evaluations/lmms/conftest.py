@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "visor")]
 
-NEEDS_LMMS_EVAL = "lmms-eval is not installed: `make test-lmms` installs it in an environment of its own (docs/real-models.md)"
+NEEDS_LMMS_EVAL = "lmms-eval is not installed: `make test-lmms` has it in an environment of its own"
 
 
 @pytest.fixture(scope="session")

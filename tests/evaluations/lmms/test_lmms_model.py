@@ -134,6 +134,23 @@ def test_new_weights_are_not_answered_from_the_cache(data_root, tmp_path, monkey
     assert named[0] == named[1] and len(set(named)) == 3
 
 
+def test_simple_prompts_both_ways(data_root, tmp_path, monkeypatch, few_tokens):
+    """`--force_simple` asks what `lmms:NAME:simple` asks."""
+    from evaluations.lmms.model import SimpleVisor
+    from evaluations.task import open_task, prepare_sample
+
+    loaded = tiny("llava_onevision")
+    heard = listened(loaded)
+    samples = open_task("lmms:mmmu_val:simple", data_root).samples()
+    for sample in samples:
+        prepare_sample(loaded, sample)
+    ours = set(heard)
+    heard.clear()
+    monkeypatch.chdir(data_root)
+    evaluate(SimpleVisor(loaded), ["mmmu_val"], tmp_path)
+    assert set(heard) == ours and len(ours) == 3
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -236,16 +253,24 @@ def test_the_command_lines_need_no_network(installed, data_root, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["failed_samples"] == 0
 
 
-def test_registration_is_light():
-    """lmms-eval reads it on every start; asking our commands for help must not read lmms-eval."""
-    code = "import sys; from evaluations.lmms.registration import manifests; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
-    code = (
-        "import sys\nfrom evaluations import run, data\nfrom evaluations.lmms import __main__ as lmms\n"
-        "for module in (run, data, lmms):\n    module.make_parser().format_help()\n"
-        "heavy = {'torch', 'lmms_eval', 'transformers', 'datasets'} & set(sys.modules)\nassert not heavy, heavy\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+@pytest.mark.slow
+def test_two_processes_share_the_questions(installed, data_root, tmp_path):
+    """As under `accelerate launch` on two GPUs, here on the CPU: each answers a share, and the figures are of all."""
+    import os
+
+    own = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(installed)]),
+           "OMP_NUM_THREADS": "1", "HF_HOME": str(installed / "hf"), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lmms_eval",
+        "eval", "--model", "visor", "--model_args", "pretrained=dense-tiny,device=cpu", "--tasks", "pope",
+        "--batch_size", "2", "--output_path", str(tmp_path), "--log_samples", "--verbosity", "DEBUG",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=data_root, env=own, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next(tmp_path.rglob("*_results.json")).read_text())
+    lines = next(tmp_path.rglob("*_samples_pope.jsonl")).read_text().splitlines()
+    assert sorted(json.loads(line)["doc_id"] for line in lines) == [0, 1, 2, 3]
+    assert results["throughput"]["avg_num_samples"] == 2  # what the first of them answered
 
 
 # --- easy-VQA ---------------------------------------------------------------------------------------------------------

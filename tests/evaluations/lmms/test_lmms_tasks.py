@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +188,18 @@ def test_without_lmms_eval_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(library, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install"):
         open_task("lmms:chartqa")
+
+
+def test_registration_is_light():
+    """lmms-eval reads it on every start; asking our commands for help must not read lmms-eval."""
+    code = "import sys; from evaluations.lmms.registration import manifests; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=True, timeout=60)
+    code = (
+        "import sys\nfrom evaluations import run, data\nfrom evaluations.lmms import __main__ as lmms\n"
+        "for module in (run, data, lmms):\n    module.make_parser().format_help()\n"
+        "heavy = {'torch', 'lmms_eval', 'transformers', 'datasets'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=True, timeout=60)
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------
