@@ -10,7 +10,7 @@ LOCK := requirements/lock.txt
 # Releases of transformers for `make compat`; empty: all that pyproject.toml admits and were chosen to stand for the rest.
 TRANSFORMERS ?=
 
-.PHONY: demo test compat update bench lint clean
+.PHONY: demo test test-lmms compat update update-lmms bench lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m evaluations.run --suite fine-grained --out $(OUT)
@@ -47,5 +47,26 @@ $(VENV)/.demo: pyproject.toml $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
+# lmms-eval the light way, in an environment of its own, and the tests that need it.
+test-lmms: .venv-lmms/.ready
+	.venv-lmms/bin/python -m pytest tests/evaluations/lmms
+
+# Their locks anew: the light way, and all that lmms-eval declares. torchvision goes with torch and is left out, too.
+update-lmms: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra test --extra train --no-annotate \
+		--custom-compile-command "make update-lmms" pyproject.toml requirements/torch-needs.in \
+		requirements/lmms-light.in -o requirements/lmms-light.txt
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra test --extra train --extra lmms \
+		--no-annotate --no-emit-package torchvision --custom-compile-command "make update-lmms" pyproject.toml \
+		requirements/torch-needs.in -o requirements/lmms.txt
+
+.venv-lmms/.ready: pyproject.toml requirements/lmms-light.txt
+	$(PYTHON) -m venv .venv-lmms
+	$(if $(TORCH),.venv-lmms/bin/python -m pip install --quiet $(TORCH))
+	.venv-lmms/bin/python -m pip install --quiet --requirement requirements/lmms-light.txt
+	.venv-lmms/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3 --editable .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-compat build *.egg-info
+	rm -rf $(VENV) .venv-compat .venv-lmms build *.egg-info

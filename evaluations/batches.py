@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from evaluations.records import digest
+from evaluations.task import prepare_sample
 from visor.vision.image import MAX_PIXELS, as_rgb
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def plan_task(
         for sample in ordered:
             try:
                 check_sample(sample, max_pixels)
-                prepared = loaded.prepare(sample.image, sample.question)
+                prepared = prepare_sample(loaded, sample)
             except Exception:  # it becomes a failed record later; here the next sample serves as well
                 continue
             lengths.append(Lengths(prepared.num_visual, prepared.num_text))
@@ -105,11 +106,11 @@ def plan_task(
     return PlannedTask(name, task, tuple(s for batch in batches for s in batch), batches, tuple(dict.fromkeys(lengths)))
 
 
-def check_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
+def check_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image | None:
     """Refuse what no model can answer.
 
     Returns:
-        The image as a model sees it.
+        The (first) image as a model sees it; None for a conversation without one.
 
     Raises:
         ValueError: an empty question, or an image that cannot be read (`visor.vision.image`).
@@ -117,5 +118,7 @@ def check_sample(sample: Sample, max_pixels: int = MAX_PIXELS) -> Image:
     if not sample.question.strip():
         raise ValueError("the question is empty")
     if sample.image is None:
+        if sample.messages is not None:  # a benchmark may ask without an image
+            return None
         raise ValueError("the sample has no image")
     return as_rgb(sample.image, max_pixels)

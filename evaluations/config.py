@@ -46,6 +46,7 @@ class RunConfig:
         checkpoints: (method, model) pairs: what a trained method runs on, instead of the shipped one.
         generation: (name, value) pairs of transformers' GenerationConfig, beside greedy decoding.
         system: text of a system turn before each question; None for what the chat template does by itself.
+        data_root: where data sets lie as on the Hub; None for each task's own way to its data.
     """
 
     suite: Suite
@@ -72,6 +73,7 @@ class RunConfig:
     tokens: tuple[float, ...] = ()
     generation: tuple[tuple[str, Any], ...] = ()
     system: str | None = None
+    data_root: Path | None = None
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
@@ -97,6 +99,8 @@ class RunConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if self.data_root is not None and not self.data_root.is_dir():
+            raise ValueError(f"--data-root {self.data_root} is no folder; data sets lie in it as <org>/<name>")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; it must be a folder, new or of an earlier run")
         for method in self.methods:
@@ -171,4 +175,5 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """For run.json."""
-        return {**asdict(self), "suite": self.suite.name, "out": str(self.out)}
+        data_root = None if self.data_root is None else str(self.data_root)
+        return {**asdict(self), "suite": self.suite.name, "out": str(self.out), "data_root": data_root}

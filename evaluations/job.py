@@ -126,11 +126,11 @@ def _plan(config: RunConfig, load: Callable[[RunConfig], Any]) -> tuple[Models, 
 
 
 def _plan_task(entry: Any, config: RunConfig, models: Models, split: str = "test") -> PlannedTask:
-    from budgets.registry import TASKS
     from evaluations.batches import VALIDATION, plan_task
+    from evaluations.task import open_task
 
     say(f"reading {entry.name}" + f", {split} split" * (split != "test"))
-    task = TASKS.get(entry.name)()
+    task = open_task(entry.name, config.data_root)
     samples = task.samples(entry.limit) if split == "test" else task.samples(entry.limit, split)
     name = entry.name + VALIDATION * (split == "validation")
     return plan_task(name, task, samples, config.batch_size, models.base, config.max_pixels)

@@ -24,6 +24,7 @@ from evaluations.progress import Progress
 from evaluations.records import RunFolder, TimingRecord
 from evaluations.settings import Planner, Setting
 from evaluations.suite import TimingPlan
+from evaluations.task import prepare_sample
 from visor.engine.stopwatch import ScoringClock, scoring_clock
 from visor.reduction.method import tower_reduction
 
@@ -231,7 +232,7 @@ class TimingPass:
 
     def prepare(self) -> list[Any]:
         """The samples, ready for the model."""
-        return [self.loaded.prepare(sample.image, sample.question) for sample in self.samples]
+        return [prepare_sample(self.loaded, sample) for sample in self.samples]
 
     def _enough(self, num_runs: int, seconds: float) -> bool:
         least = num_runs >= self.timing.min_runs and seconds >= self.timing.min_seconds
@@ -297,7 +298,7 @@ class TimingPass:
             return batch
         if setting.model not in self._prepared:
             loaded = self.models[setting.model]
-            self._prepared[setting.model] = [loaded.prepare(each.image, each.question) for each in self.samples]
+            self._prepared[setting.model] = [prepare_sample(loaded, each) for each in self.samples]
         places = {id(sample): place for place, sample in enumerate(self._prepared[""])}
         return [self._prepared[setting.model][places[id(sample)]] for sample in batch]
 

@@ -210,6 +210,7 @@ def manifest_of(cell: Cell, suite: str, records: Sequence[SampleRecord], error: 
         setting_id=setting.id,
         model=setting.model or None,
         configurations=[each.options() for each in setting.family] or None,
+        aggregate=task.task.aggregate(records) if error is None else None,
     )
 
 

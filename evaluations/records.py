@@ -104,6 +104,7 @@ class SampleRecord(_Record):
     configuration: int | None = None  # index of the one that answered, of a method that has several
     attempts: list[int] | None = None  # configurations that a cascade ran, all of which are in the FLOPs
     kept: str | None = None  # `pack_bits` of the tokens alive after the last reduction; null: all, or merged
+    values: dict[str, Any] | None = None  # what a benchmark's own aggregate is made of (`Task.score`)
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class Manifest(_Record):
     num_resumed: int = 0  # records found finished by an earlier process
     model: str | None = None  # checkpoint, where it is not the run's own
     configurations: list[dict[str, Any]] | None = None  # of a method that has several: the options of each
+    aggregate: dict[str, Any] | None = None  # of a benchmark that has its own (`Task.aggregate`)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

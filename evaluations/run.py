@@ -28,7 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--suite", default="smoke", help=f"{', '.join(suite_names())}, or a .yaml file (default: %(default)s)")
-    add("--tasks", type=names, metavar="A,B", help="tasks to run (default: the suite's)")
+    add("--tasks", type=names, metavar="A,B",
+        help="tasks to run: embedded ones, lmms:NAME of lmms-eval, folder:DIR of your own (default: the suite's)")
+    add("--data-root", type=Path, metavar="DIR",
+        help="where data sets lie as on the Hub, DIR/<org>/<name> (default: the Hub, or its cache)")  # fmt: skip
     add("--methods", type=names, metavar="A,B",
         help="methods to compare, `a+b` for two at once, or all (default: the suite's)")  # fmt: skip
     add("--budgets", type=numbers, metavar="X,Y",

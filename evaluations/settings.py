@@ -93,6 +93,8 @@ class Planner:
                 than the lengths.
         """
         known = self._fitted.get((setting, lengths))
+        if known is None and not lengths.num_visual:  # a question without an image has nothing to reduce
+            known = self._fitted[setting, lengths] = (setting.method, dense(self.geometry.num_layers, 0))
         if known is None:
             geometry = self.geometries[setting.model]
             if setting.family:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from evaluations.batches import Lengths, PlannedTask, check_sample
 from evaluations.cells import Cell, Plan
 from evaluations.features import FeatureCache, FeatureKey
-from evaluations.metrics import score
 from evaluations.models import Models, tower_key
 from evaluations.policies import derive_all, manifest_of
 from evaluations.progress import Progress
 from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, SampleRecord, digest, pack_bits
 from evaluations.settings import Planner, Setting
+from evaluations.task import prepare_sample
 from visor.reduction.method import tower_reduction
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ class Sweep:
                 image = check_sample(sample, self.plan.max_pixels)
             except ValueError:
                 continue  # it fails for the same reason when it is prepared
+            if image is None:
+                continue
             try:
                 self.folder.save_image(sample.image_id, image)
             except (OSError, ValueError) as error:  # an id that is no file name, say
@@ -157,7 +159,7 @@ class Sweep:
                 check_sample(sample, self.plan.max_pixels)
                 if sample.sample_id in self.unsaved:
                     raise ValueError(self.unsaved[sample.sample_id])
-                inputs.prepared[sample.sample_id] = self.models[model].prepare(sample.image, sample.question)
+                inputs.prepared[sample.sample_id] = prepare_sample(self.models[model], sample)
             except Exception as error:
                 inputs.errors[sample.sample_id] = describe(error)
         return inputs
@@ -208,7 +210,9 @@ class Sweep:
             ids, prepared, vision = ([items[row] for row in rows] for items in (ids, prepared, vision))
         if schedules and ids:
             ordered = [schedules[i] for i in ids]
-            answers = loaded.generate(prepared, vision, ordered, cell.task.task.max_new_tokens)
+            stop = cell.task.task.stop_strings
+            limits = {"max_new_tokens": cell.task.task.max_new_tokens, **({"stop_strings": stop} if stop else {})}
+            answers = loaded.generate(prepared, vision, ordered, **limits)
             # What the router says of a sample does not depend on the configuration: it is asked once, with the first.
             asks = cell.setting.configuration == 0 and self._has_router(cell.setting)
             routing = loaded.route(prepared, vision, ordered) if asks else [None] * len(ids)
@@ -221,10 +225,13 @@ class Sweep:
         records = []
         for sample in inputs.samples:
             i = sample.sample_id
+            if i not in errors:
+                try:
+                    records.append(self._record(cell, sample, inputs.prepared[i], schedules[i], *generations[i]))
+                except ValueError as error:  # a benchmark's own rules may not know what to make of an answer
+                    errors[i] = describe(error)
             if i in errors:
                 records.append(_failed(sample, errors[i]))
-            else:
-                records.append(self._record(cell, sample, inputs.prepared[i], schedules[i], *generations[i]))
         return records
 
     def _has_router(self, setting: Setting) -> bool:
@@ -237,6 +244,9 @@ class Sweep:
         treatments = [(schedule.image_scale, tower_reduction(schedule)) for schedule in schedules]
         for scale, inside in sorted(set(treatments), key=lambda t: (-t[0], repr(t[1]))):
             places = [i for i, treatment in enumerate(treatments) if treatment == (scale, inside)]
+            places = [i for i in places if prepared[i].image_key is not None]  # a question may come without an image
+            if not places:
+                continue
             images = {prepared[i].image_key: prepared[i] for i in places}
             group = digest(list(images))
             keys = {
@@ -266,11 +276,12 @@ class Sweep:
     ) -> SampleRecord:
         lengths = Lengths(prepared.num_visual, prepared.num_text)
         cost = self.planner.cost(schedule, lengths.num_text, cell.setting.model)
-        grid = vision.grid and [round(side / schedule.image_scale) for side in vision.grid]  # at full size
+        scored = cell.task.task.score(sample, answer.text)
+        grid = vision and vision.grid and [round(side / schedule.image_scale) for side in vision.grid]  # at full size
         return SampleRecord(
             **identity(sample),
             answer=answer.text,
-            score=float(score(cell.task.task.metric, answer.text, sample.references)),
+            score=float(scored.score),
             num_text=lengths.num_text,
             num_visual=lengths.num_visual,
             grid=grid or None,
@@ -284,6 +295,7 @@ class Sweep:
             routing=routing,
             configuration=cell.setting.configuration,
             kept=pack_bits(answer.kept),
+            values=scored.values,
         )
 
     def _finish(self, state: CellState) -> None:

@@ -176,6 +176,7 @@ def _context(analysis: Analysis, drawings: list[Drawing], document: dict) -> dic
         "figures": {name: (d.title, d.caption, Markup(d.page_svg)) for name, d in figures.items()},
         "methods": list(methods.values()),
         "accuracy_table": tables.accuracy_table(analysis),
+        "benchmark_table": tables.benchmark_table(analysis),
         "cost_table": tables.cost_table(analysis),
         "matrices": tables.matrices(analysis),
         "failures": _failures(analysis),

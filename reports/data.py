@@ -267,7 +267,8 @@ def _samples(folder: RunFolder, shown: dict[tuple[str, str], Manifest]) -> pd.Da
             if record.sample_id not in seen:  # the same question twice in a task is one sample
                 seen.add(record.sample_id)
                 rows.append({"setting_id": setting, "task": task, **_flat(record)})
-    columns = ["setting_id", "task", *SampleRecord.__dataclass_fields__]
+    fields = [name for name in SampleRecord.__dataclass_fields__ if name != "values"]  # the manifest has what they make
+    columns = ["setting_id", "task", *fields]
     frame = pd.DataFrame(rows, columns=[*columns, *(f"flops_{part}" for part in FLOPS_PARTS)])
     for name in ("decoder_flops", "dense_decoder_flops", "kv_bytes", "num_text", "num_visual", "score", "confidence"):
         frame[name] = frame[name].astype(float)
@@ -292,4 +293,4 @@ def _flat(record: SampleRecord) -> dict[str, Any]:
     """A record's fields, and its FLOPs by part as columns of their own."""
     flops = record.flops or {}
     parts = {f"flops_{part}": float(flops[part]) if part in flops else np.nan for part in FLOPS_PARTS}
-    return {**record.to_dict(), **parts}
+    return {**{name: value for name, value in record.to_dict().items() if name != "values"}, **parts}

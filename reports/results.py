@@ -123,6 +123,8 @@ def _cell(analysis: Analysis, setting: Setting, task: str) -> dict[str, Any]:
         "status": status,
         "error": error,
     }
+    if aggregate := getattr(run.manifests.get((setting.id, task)), "aggregate", None):
+        cell["aggregate"] = aggregate  # of a benchmark that has its own
     cell["not_measured"] = _reasons(cell, costs, setting)
     return cell
 
@@ -147,12 +149,15 @@ def cells_csv(document: dict[str, Any]) -> str:
     """The cells as a table; an empty field was not measured, and the last column says why."""
     cells = document["cells"]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(cells[0]), lineterminator="\n")
+    names = [name for name in cells[0] if name not in ("aggregate", "not_measured")]
+    aggregated = ["aggregate"] * any("aggregate" in cell for cell in cells)  # a benchmark's own figures, as JSON
+    writer = csv.DictWriter(buffer, [*names, *aggregated, "not_measured"], restval="", lineterminator="\n")
     writer.writeheader()
     for cell in cells:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in cell["not_measured"].items())
         params = json.dumps(cell["params"], sort_keys=True)
-        writer.writerow({**cell, "params": params, "not_measured": reasons})
+        aggregate = {"aggregate": json.dumps(cell["aggregate"], sort_keys=True)} if "aggregate" in cell else {}
+        writer.writerow({**cell, "params": params, **aggregate, "not_measured": reasons})
     return buffer.getvalue()
 
 

@@ -16,7 +16,7 @@ from evaluations.noise import NOISY
 from evaluations.records import setting_id
 from evaluations.statistics import Comparison, Interval
 from reports.comparisons import ALPHA, AVERAGE, Analysis, Tested, budget_title
-from reports.data import Setting
+from reports.data import Setting, TaskInfo
 from reports.policy import PolicySection
 from reports.results import why_missing
 from reports.style import flops, p_value, percent, points, significant, size
@@ -195,6 +195,29 @@ def accuracy_table(analysis: Analysis) -> Table:
         return row
 
     return _grouped(analysis, columns, cells)
+
+
+def benchmark_table(analysis: Analysis) -> Table | None:
+    """What the benchmarks' own aggregation makes of the answers: the figures that papers quote. None without any."""
+    run = analysis.run
+    figure = lambda setting, task: getattr(run.manifests.get((setting.id, task.name)), "aggregate", None) or {}
+    tasks = [task for task in run.tasks if any(figure(setting, task) for setting in run.settings)]
+    if not tasks:
+        return None
+    quoted = lambda task: next((f["quoted"]["name"] for s in run.settings if "quoted" in (f := figure(s, task))), "")
+
+    def cell(setting: Setting, task: TaskInfo) -> TableCell:
+        own = figure(setting, task)
+        if "quoted" not in own:
+            if not own:
+                return missing(analysis, setting, task.name)
+            return TableCell("none", tone="missing", note=own.get("error", "papers quote no one figure of it"))
+        guesses = own.get("guesses", 0)
+        sub = f"{guesses:,} guessed" if guesses else ""
+        return TableCell(f"{own['quoted']['value']:.1f}", sub, own["quoted"]["value"])
+
+    columns = [Column(task.title, quoted(task)) for task in tasks]
+    return _grouped(analysis, columns, lambda setting: [cell(setting, task) for task in tasks])
 
 
 def _median(interval: Interval | None, reason: str, noise: float = 0.0) -> TableCell:

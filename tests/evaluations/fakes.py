@@ -24,6 +24,7 @@ from budgets.registry import TASKS
 from budgets.schedule import LayerMode
 from evaluations.config import RunConfig
 from evaluations.suite import Suite, SuiteTask, TimingPlan
+from evaluations.task import Task
 
 TOWER = VisionGeometry(2, 32, 64, 2, 4, 48, ((32, 64), (64, 64)))
 GEOMETRY = ModelGeometry("fake", 12, 64, 128, 4, 2, 16, 100, TOWER)
@@ -45,6 +46,7 @@ class FakeSample:
     image_id: str
     sample_id: str
     difficulty: int = 1
+    messages: None = None
 
 
 class BrokenImage:
@@ -69,10 +71,11 @@ def make_task(name: str, num_samples: int = 10, questions_an_image: int = 2, max
 
     return type(
         name,
-        (),
+        (Task,),
         {
             "name": name, "title": name.title(), "version": 1, "metric": "exact_match", "kind": "coarse",
-            "max_new_tokens": max_new_tokens, "samples": samples, "__module__": "fakes", "__qualname__": name,
+            "max_new_tokens": max_new_tokens, "samples": samples, "stream": None, "__module__": "fakes",
+            "__qualname__": name,
         },
     )  # fmt: skip
 

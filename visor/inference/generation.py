@@ -9,7 +9,7 @@ Shapes: B samples, W vocabulary, S steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,21 +112,56 @@ class FirstTokenProbability:
 
     Args:
         num_beams: rows of one sample, which begin alike.
+        then: called once when the first tokens are known: the prefill is over.
     """
 
-    def __init__(self, num_beams: int = 1) -> None:
+    def __init__(self, num_beams: int = 1, then: Callable[[], None] | None = None) -> None:
         self.num_beams = num_beams
         self._probability_B: Tensor | None = None
+        self._then = then
 
     def __call__(self, input_ids: Tensor, scores_BW: Tensor) -> Tensor:
         if self._probability_B is None:
             self._probability_B = scores_BW[:: self.num_beams].float().softmax(-1).amax(-1)
+            if self._then is not None:
+                self._then()
         return scores_BW
 
     @property
     def confidence(self) -> list[float]:
         """By sample."""
         return self._probability_B.tolist()
+
+
+class StopStrings:
+    """A stopping criterion of transformers: an answer is over once it holds one of some strings.
+
+    Args:
+        strings: not empty.
+        num_prompt: tokens of the prompt, padding included.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], num_prompt: int) -> None:
+        self.tokenizer, self.strings, self.num_prompt = tokenizer, tuple(strings), num_prompt
+        # A character is at most four tokens (its bytes), so a string that was just completed lies in so many.
+        self._window = 4 * max(map(len, self.strings))
+        self.num_tokens: dict[int, int] = {}
+        """By row, the tokens of an answer that was stopped."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        done = []
+        for row, ids in enumerate(input_ids[:, self.num_prompt :].tolist()):
+            text = self.tokenizer.decode(ids[-self._window :], skip_special_tokens=True).lstrip()
+            if row not in self.num_tokens and any(string in text for string in self.strings):
+                self.num_tokens[row] = len(ids)
+            done.append(row in self.num_tokens)
+        return torch.tensor(done, device=input_ids.device)
+
+
+def cut_at(text: str, strings: Sequence[str]) -> str:
+    """An answer up to the first of the strings; white space in front of it says nothing, and never stops it."""
+    text = text.strip()
+    return text[: min((place for string in strings if (place := text.find(string)) >= 0), default=len(text))].strip()
 
 
 def pad_id(model: nn.Module, tokenizer: Any) -> int:
@@ -155,18 +190,27 @@ def answer_prompt(
     prompt: Prompt,
     max_new_tokens: int,
     settings: Mapping[str, Any] | None = None,
+    stop_strings: Sequence[str] = (),
+    on_first_token: Callable[[], None] | None = None,
 ) -> list[Generation]:
-    """The answers to a batch, each up to its stop token. One whose logits are not finite has an `error` and no text.
+    """The answers to a batch, each up to its stop token or the first of the stop strings.
+
+    One whose logits are not finite has an `error` and no text.
 
     Args:
         settings: of transformers' GenerationConfig, beside greedy decoding (`check_settings`).
+        on_first_token: called between the prefill and the tokens after the first.
     """
     from transformers import GenerationConfig
 
     settings, stop, pad = dict(settings or {}), stop_ids(model), pad_id(model, tokenizer)
-    num_samples, num_beams = len(prompt.input_ids_BP), settings.get("num_beams") or 1
+    num_samples, num_prompt = prompt.input_ids_BP.shape
+    num_beams = settings.get("num_beams") or 1
     asked = {"do_sample": False, "pad_token_id": pad, "eos_token_id": sorted(stop) or None, **settings}
-    first, finite = FirstTokenProbability(num_beams), FiniteLogits(num_samples)
+    first, finite = FirstTokenProbability(num_beams, on_first_token), FiniteLogits(num_samples)
+    # Beams change places from step to step, so a row is no answer yet: theirs are cut once they are whole.
+    stops_early = bool(stop_strings) and num_beams == 1
+    stopping = StopStrings(tokenizer, stop_strings, num_prompt) if stops_early else None
     with (
         decoder.running(model, prompt.schedules),
         without_own_settings(model),
@@ -177,17 +221,20 @@ def answer_prompt(
             attention_mask=prompt.attention_mask_BP,
             generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **asked),
             logits_processor=[first],
+            **({} if stopping is None else {"stopping_criteria": [stopping]}),
             **({} if prompt.grid_positions is None else {"position_ids": prompt.grid_positions}),
             **collate.image_arguments(adapter, prompt),
         )
     reduces = any(op.reduce for op in prompt.schedules[0].layers)
     kept = kept_over_image(prompt, adapter.decoder.last_kept[::num_beams] if reduces else None)
     answers = []
-    for index, ids in enumerate(sequences[:, prompt.input_ids_BP.shape[1] :].tolist()):
+    for index, ids in enumerate(sequences[:, num_prompt:].tolist()):
         new_ids = truncate_at_stop(ids, stop)
+        if stopping is not None:  # what follows is padding, where a batch went on
+            new_ids = new_ids[: stopping.num_tokens.get(index, len(new_ids))]
         if error := finite.fault(index, len(new_ids)):
             answers.append(Generation("", (), None, error=error))
             continue
-        text = tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+        text = cut_at(tokenizer.decode(new_ids, skip_special_tokens=True), stop_strings)
         answers.append(Generation(text, tuple(new_ids), kept[index], first.confidence[index]))
     return answers

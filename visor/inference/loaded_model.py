@@ -12,7 +12,7 @@ Shapes: B samples, P padded prompt length, T visual tokens after reduction, D de
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -226,16 +226,24 @@ class LoadedModel:
         vision: Sequence[VisionRow],
         schedules: Sequence[Schedule],
         max_new_tokens: int,
+        stop_strings: Sequence[str] = (),
+        on_first_token: Callable[[], None] | None = None,
     ) -> list[Generation]:
         """Answers in the order of the samples, whatever mix of schedules they have.
+
+        Args:
+            stop_strings: an answer ends before the first of them.
+            on_first_token: called when the prefill of each group of equal structure is over.
 
         Raises:
             ValueError: a prompt that is longer than the decoder's context (`check_length`).
         """
         answers: list[Generation | None] = [None] * len(prepared)
+        tokenizer = self.processor.tokenizer
         for members, prompt in self._prompts(prepared, vision, schedules):
             own = generation.answer_prompt(
-                self.model, self.adapter, self.processor.tokenizer, prompt, max_new_tokens, self.generation
+                self.model, self.adapter, tokenizer, prompt, max_new_tokens, self.generation, stop_strings,
+                on_first_token,
             )
             for index, answer in zip(members, own, strict=True):
                 answers[index] = answer

@@ -28,6 +28,11 @@ class MultiImageFeatures:
         return sum(image.num_tokens for image in self.images)
 
     @property
+    def grid(self) -> None:
+        """There is no one grid of several images."""
+        return None
+
+    @property
     def num_bytes(self) -> int:
         """Memory of all images' tensors."""
         return sum(image.num_bytes for image in self.images)
