@@ -70,6 +70,7 @@ def answer_prompt(
             generation_config=greedy,
             logits_processor=[first],
             **({} if prompt.grid_positions is None else {"position_ids": prompt.grid_positions}),
+            **adapter.prompt_arguments(prompt.input_ids_BP),
             **collate.image_arguments(adapter, prompt),
         )
     reduces = any(op.reduce for op in prompt.schedules[0].layers)
