@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from budgets.geometry import ModelGeometry
-from budgets.roofline import DEVICES, layer_weights, tower_weights
+from budgets.roofline import DEVICES, decoder_weights, tower_weights
 from budgets.schedule import LayerMode
 from evaluations.config import ATTENTIONS, DTYPES, check_name
 from evaluations.machine import memory_bytes
@@ -128,5 +128,5 @@ def why_not_measured(config: SpeedConfig) -> str | None:
 def model_bytes(config: SpeedConfig) -> int:
     """Bytes of all matrices of the model: decoder, embeddings and head, tower."""
     geometry = config.geometry
-    weights = geometry.num_layers * layer_weights(geometry) + 2 * geometry.vocab_size * geometry.hidden_size
+    weights = decoder_weights(geometry) + 2 * geometry.vocab_size * geometry.hidden_size
     return (weights + tower_weights(geometry)) * DTYPE_BYTES[config.dtype]

@@ -30,6 +30,7 @@ try:
         BaseModelOutputWithPast,
         BaseModelOutputWithPooling,
         CausalLMOutputWithPast,
+        MoeModelOutputWithPast,
     )
     from transformers.utils.generic import merge_with_config_defaults
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
@@ -49,11 +50,14 @@ __all__ = [
     "cache_of",
     "capture_outputs",
     "causal_mask",
+    "decoder_output",
     "deepstack_output",
     "image_output",
+    "indicated_output",
     "initialization",
     "merge_with_config_defaults",
     "one_cache",
+    "pixtral_rotated",
     "register_recordable",
     "rotated_heads",
     "rotated_ones",
@@ -114,6 +118,14 @@ def register_recordable(cls: type) -> None:
     The registry is a dict keyed by the printed class; newer versions wrap `__setitem__` to take a model instead.
     """
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(cls), cls._can_record_outputs)
+
+
+def decoder_output(decoder: nn.Module, hidden_BPD: Tensor, cache: Cache | None) -> BaseModelOutputWithPast:
+    """What a decoder returns, in the form that the model around it reads: of a mixture of experts with a place for the
+    router's logits."""
+    recorded = getattr(decoder, "_can_record_outputs", None) or {}
+    kind = MoeModelOutputWithPast if "router_logits" in recorded else BaseModelOutputWithPast
+    return kind(last_hidden_state=hidden_BPD, **{CACHE: cache})
 
 
 def causal_mask(
@@ -180,16 +192,16 @@ def rotated_heads(attention: nn.Module, which: str, hidden_BND: Tensor, rotary: 
     if (norm := getattr(attention, f"{which}_norm", None)) is not None:
         heads_BNHd = norm(heads_BNHd)
     heads_BHNd = heads_BNHd.transpose(1, 2)
-    rotate_half = sys.modules[type(attention).__module__].rotate_half
-    cos_B1Nd, sin_B1Nd = (part.unsqueeze(1) for part in rotary)
-    return heads_BHNd * cos_B1Nd + rotate_half(heads_BHNd) * sin_B1Nd
+    # The family's own function: some rotate a part of a head, or pairs of neighbours. It takes queries and keys.
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(heads_BHNd, heads_BHNd[:, :1], *rotary)[0]
 
 
 def rotated_ones(attention: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """An all-ones query or key at each position, after RoPE: [B, N, head_dim]."""
-    cos_BNd, sin_BNd = rotary
-    rotate_half = sys.modules[type(attention).__module__].rotate_half
-    return cos_BNd + rotate_half(torch.ones_like(cos_BNd)) * sin_BNd
+    cos_BNd, _ = rotary
+    ones_B1Nd = cos_BNd.new_ones(*cos_BNd.shape[:2], attention.head_dim)[:, None]  # a part of a head may rotate
+    return sys.modules[type(attention).__module__].apply_rotary_pos_emb(ones_B1Nd, ones_B1Nd, *rotary)[0][:, 0]
 
 
 def deepstack_output(features: list[Tensor], levels: list[list[Tensor]]) -> Any:
@@ -213,6 +225,19 @@ def vision_rotated(attention: nn.Module, q_SHd: Tensor, k_SHd: Tensor, angles: t
     return rotate(q_SHd, k_SHd, *angles)
 
 
+def pixtral_rotated(attention: nn.Module, q_SHd: Tensor, k_SHd: Tensor, angles: tuple[Tensor, Tensor]) -> Any:
+    """Queries and keys of a Pixtral tower block after its RoPE, by the family's own function."""
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return rotate(q_SHd, k_SHd, *angles)
+
+
 def image_output(features: list[Tensor]) -> BaseModelOutputWithPooling:
     """What `get_image_features` returns, made from ready features. Beam search changes it in place: make one a call."""
     return BaseModelOutputWithPooling(pooler_output=features)
+
+
+def indicated_output(features: Tensor, indicators: Tensor) -> Any:
+    """The same for Ovis2, with the embeddings of its visual indicators."""
+    from transformers.models.ovis2.modeling_ovis2 import BaseModelOutputWithVisualIndicatorFeatures
+
+    return BaseModelOutputWithVisualIndicatorFeatures(pooler_output=features, visual_indicator_features=indicators)

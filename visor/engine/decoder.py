@@ -30,6 +30,7 @@ from visor.engine.compat import (
     cache_argument,
     capture_outputs,
     causal_mask,
+    decoder_output,
     merge_with_config_defaults,
     one_cache,
     register_recordable,
@@ -137,7 +138,7 @@ class ElasticDecoder:
                     raise ValueError("texts packed into one row run without a cache; pass use_cache=False")
                 streams.full.segment_BN = segment_BP.to(hidden_BND.device)
             last_hidden_state = self._prefill(run, layout, streams, cache, call)
-        return BaseModelOutputWithPast(last_hidden_state=last_hidden_state, **{CACHE: cache})
+        return decoder_output(self, last_hidden_state, cache)
 
     def _streams(
         self,

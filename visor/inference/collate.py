@@ -93,6 +93,7 @@ def forward_arguments(adapter: FamilyAdapter, prompt: Prompt) -> dict[str, Any]:
         "input_ids": prompt.input_ids_BP,
         "attention_mask": prompt.attention_mask_BP,
         "position_ids": prompt.positions_BP,
+        **adapter.prompt_arguments(prompt.input_ids_BP),
         **image_arguments(adapter, prompt),
     }
 

@@ -223,6 +223,7 @@ def answer_prompt(
             logits_processor=[first],
             **({} if stopping is None else {"stopping_criteria": [stopping]}),
             **({} if prompt.grid_positions is None else {"position_ids": prompt.grid_positions}),
+            **adapter.prompt_arguments(prompt.input_ids_BP),
             **collate.image_arguments(adapter, prompt),
         )
     reduces = any(op.reduce for op in prompt.schedules[0].layers)

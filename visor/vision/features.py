@@ -182,7 +182,7 @@ def run_tower(
     check_taps(taps)
     tower, config = adapter.tower, adapter.model.config
     has_cls = tower_has_cls(tower)
-    cuts_cls = config.vision_feature_select_strategy == "default"
+    cuts_cls = adapter.cuts_first_token
     layers = config.vision_feature_layer
     tiles_T3HW = resized(tiles_T3HW, config.vision_config.patch_size, image_scale)
     # A plain call where nothing is resized: the features must be the model's own to the bit.
