@@ -173,7 +173,7 @@ def test_before_a_windowed_decoder_a_shorter_prompt_is_hugging_faces_own(family)
     sample = loaded.prepare_chat(CONVERSATIONS["two images"])
     vision, keep = loaded.encode([sample]), sample.num_visual // 2
     plan = METHODS.get("random")(keep=keep).schedule(loaded.geometry, sample.num_visual)
-    prompt = loaded.assemble([sample], vision, [plan])
+    prompt = loaded.collate([sample], vision, [plan])
     ids_BP, features_TD = prompt.input_ids_BP, prompt.features[0]
     everything_ND = torch.cat([image.features_BND[0] for image in vision[0].images])
     assert torch.equal(features_TD, everything_ND[prompt.kept[0]]) and len(features_TD) == keep
