@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fakes import BrokenImage, FakeModel, FakeSample, make_config, make_task
+from fakes import NUM_VISUAL, VISOR, BrokenImage, FakeModel, FakeSample, make_config, make_task
 from PIL import Image
 
 from budgets.registry import METHODS
@@ -259,6 +259,43 @@ def test_a_key_changes_with_all_that_can_change_the_output(tmp_path):
     keys = [key(), key(seed=1), key(dtype="bfloat16"), key(device="cuda"), key(attention="eager"), key(budgets=[0.4])]
     assert len(set(keys)) == len(keys) and key() == keys[0]
     assert key(timing=False) == keys[0]
+    asked = [key(generation=[("num_beams", 3)]), key(generation=[("num_beams", 2)]), key(system="be short")]
+    assert len({*keys, *asked}) == len(keys) + len(asked)
+
+
+def test_a_run_with_other_generation_settings_is_another_run(unbroken):
+    for changes, message in [
+        ({"generation": [("num_beams", 3)]}, "generation was "),
+        ({"system": "be short"}, "system was None, now be short"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(make_config(unbroken, **changes))
+    with pytest.raises(ValueError, match="--generation num_beams is given twice"):
+        make_config(unbroken, generation=[("num_beams", 3), ("num_beams", 2)])
+
+
+@pytest.mark.parametrize("fault", ["logits", "length", "router"])
+def test_what_cannot_be_answered_is_one_failed_sample(tmp_path, fault):
+    """NaN logits, a prompt beyond the context, a router that says NaN: the others are scored, no NaN is written."""
+    model = FakeModel(visor=VISOR)
+    if fault == "logits":
+        model.faults = {"what is it please ": "the logits of answer token 0 are NaN or infinite"}
+    elif fault == "length":
+        model.context_length = NUM_VISUAL + 15  # the questions have 13 to 16 tokens
+    else:
+        model.route = lambda prepared, vision, schedules: [
+            [float("nan") if p.question == "what is it please " else 0.5] * 4 for p in prepared
+        ]
+    config = make_config(tmp_path / "run", tasks=["fake_a"], methods=["visor"], timing=False, visor=True)
+    assert execute(config, "test", report=False, load=lambda _: model) == 1
+    failed = 0
+    for path in (tmp_path / "run").glob("cells/*/samples.jsonl"):
+        assert "NaN" not in path.read_text().replace("are NaN", "").replace("NaN or", "")
+        for record in RunFolder(tmp_path / "run").samples(path.parent.name):
+            if record.error is not None:
+                failed += 1
+                assert record.answer is None and record.confidence is None and record.routing is None
+    assert failed
 
 
 def test_an_unreachable_budget_is_left_out_of_a_default_list_and_an_error_when_asked_for(tmp_path):

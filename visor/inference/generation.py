@@ -54,6 +54,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         check_name("generation setting", name, known)
         if name in NOT_ASKED:
             raise ValueError(f"generation setting {name!r} cannot be asked for: {NOT_ASKED[name]}")
+    beams = settings.get("num_beams", 1)
+    if isinstance(beams, bool) or not isinstance(beams, int) or beams < 1:
+        raise ValueError(f"num_beams must be a positive integer, got {beams!r}")
     try:
         GenerationConfig(**settings).validate(strict=True)
     except (TypeError, ValueError) as error:
