@@ -47,14 +47,15 @@ def environment(folder: Path, version: str, torch: str) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     others = folder / "lock.txt"
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    install = lambda *what: subprocess.run([*pip, *what], check=True, cwd=folder)  # not here: pip would read egg-infos
     # pip chooses the tokenizers and the hub that this release asks for
     loose = re.compile(r"(transformers|tokenizers|huggingface[-_]hub)==")
     lines = lock.read_text(encoding="utf-8").splitlines(True)
     others.write_text("".join(line for line in lines if not loose.match(line)), encoding="utf-8")
     if torch:
-        subprocess.run([*pip, "--constraint", str(others), *torch.split()], check=True)
-    subprocess.run([*pip, "--requirement", str(others), f"transformers=={version}"], check=True)
-    subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True)
+        install("--constraint", str(others), *torch.split())
+    install("--requirement", str(others), f"transformers=={version}")
+    install("--no-deps", "--editable", str(ROOT))
     done.write_text(wanted, encoding="utf-8")
     return python
 

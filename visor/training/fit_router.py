@@ -7,7 +7,6 @@ summed up to each configuration (`visor.model.router.RouterOutput.success`): no 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +17,7 @@ from torch import Tensor, nn
 from visor.model.router import RouterOutput
 from visor.training.explore import write_json
 from visor.training.labels import Labels
-
-
-@dataclass(frozen=True)
-class RouterFit:
-    """How the router is trained.
-
-    Args:
-        epochs, batch_size, rate, weight_decay: of AdamW with a cosine to zero.
-        held_out: share of the images kept apart, to choose the best epoch and to report on.
-        reach: see `Labels.labels_N`.
-        cost_weights: lambdas of the reported curve.
-    """
-
-    epochs: int = 30
-    batch_size: int = 256
-    rate: float = 1e-3
-    weight_decay: float = 0.05
-    held_out: float = 0.15
-    reach: float = 0.99
-    seed: int = 0
-    cost_weights: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not self.rate > 0:
-            raise ValueError(
-                f"epochs, batch_size and rate must be positive, got {self.epochs}, {self.batch_size}, {self.rate}"
-            )
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be a share between 0 and 1, got {self.held_out}")
+from visor.training.recipe import RouterFit
 
 
 def split(images_N: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from typing import Any, get_type_hints
 import yaml
 
 from budgets.registry import nearest_first
-from visor.training.fit_router import RouterFit
 from visor.training.optimisation import Optimisation
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -131,6 +130,35 @@ class RouterShape:
 
     hidden_size: int = 128
     inputs: tuple[str, ...] = ("last", "text", "visual")
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """How the router is trained (`visor.training.fit_router`).
+
+    Args:
+        epochs, batch_size, rate, weight_decay: of AdamW with a cosine to zero.
+        held_out: share of the images kept apart, to choose the best epoch and to report on.
+        reach: see `visor.training.labels.Labels.labels_N`.
+        cost_weights: lambdas of the reported curve.
+    """
+
+    epochs: int = 30
+    batch_size: int = 256
+    rate: float = 1e-3
+    weight_decay: float = 0.05
+    held_out: float = 0.15
+    reach: float = 0.99
+    seed: int = 0
+    cost_weights: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.rate > 0:
+            raise ValueError(
+                f"epochs, batch_size and rate must be positive, got {self.epochs}, {self.batch_size}, {self.rate}"
+            )
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be a share between 0 and 1, got {self.held_out}")
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from tiny_checkpoint import make_image
 
 from visor.embedded.chain import CHAINS, run_chain, scaled
 from visor.training.explore import macro_mean
-from visor.training.fit_router import RouterFit, fit, split
+from visor.training.fit_router import fit, split
 from visor.training.labels import Labels
 from visor.training.publish import card
-from visor.training.recipe import RECIPES, load
+from visor.training.recipe import RECIPES, RouterFit, load
 from visor.training.run import load_model, main, run_stage
 
 QUICK = ["optimisation.steps=2", "optimisation.batch_size=2", "optimisation.log_every=1", "optimisation.warmup=1"]
