@@ -56,8 +56,11 @@ def layer_macs(geometry: ModelGeometry, num_tokens: float, formula: str) -> dict
 
     Raises:
         UnknownNameError: no such formula.
+        ValueError: a mixture of experts, which no paper's formula knows.
     """
     num_matrices, is_grouped = _formula(formula)
+    if geometry.experts is not None:
+        raise ValueError(f"{geometry.name} is a mixture of experts; papers' formulas have one MLP a layer: use ours")
     width = geometry.hidden_size
     query, key = (geometry.query_size, geometry.kv_size) if is_grouped else (width, width)
     return {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from budgets.conventions import CONVENTIONS, check_convention, price_by_formula
 from budgets.costs import DECODER_PARTS, PARTS, price
 from budgets.geometry import ModelGeometry
-from budgets.match import fit
+from budgets.match import fit, fit_tokens
 from budgets.presets import load, names
 from budgets.registry import METHODS, UnknownNameError, nearest_first
 from budgets.roofline import device, device_names, floors
@@ -200,6 +200,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--budget", type=float, help="choose the setting that meets this share of dense FLOPs, in (0, 1]"
     )
+    arguments.add_argument(
+        "--tokens", type=float, help="choose it by this number of visual tokens, mean over the decoder's layers"
+    )
     arguments.add_argument("--visual-tokens", type=int, help="default: one tile of the model")
     arguments.add_argument("--text-tokens", type=int, default=64, help="prompt tokens beside the image; default: 64")
     arguments.add_argument("--convention", default="ours",
@@ -247,8 +250,12 @@ def _answer(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--visual-tokens must be at least 1 and --text-tokens at least 0, got {num_visual}, {num_text}"
         )
+    if arguments.budget is not None and arguments.tokens is not None:
+        raise ValueError("--budget and --tokens both choose the setting; give one of them")
     if arguments.budget is not None:
         method = fit(method, geometry, num_visual, num_text, arguments.budget)
+    if arguments.tokens is not None:
+        method = fit_tokens(method, geometry, num_visual, num_text, arguments.tokens)
     document = report(geometry, arguments.method, method, num_visual, num_text, arguments.convention)
     if arguments.device is not None:
         document["roofline"] = roofline(

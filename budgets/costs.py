@@ -44,6 +44,11 @@ class LayerCost:
     kv_bytes: int
 
     @property
+    def own_tokens(self) -> int:
+        """Tokens that the layer runs on: text, and in SELF layers the image."""
+        return self.text_tokens + (self.visual_tokens if self.mode == LayerMode.SELF.value else 0)
+
+    @property
     def flops(self) -> int:
         """All of the layer, with the scoring that decided its tokens; attention as the full square."""
         return (self.projections + self.attention + self.mlp + self.cross_projections + self.cross_attention
@@ -179,14 +184,15 @@ def _layer(geometry: ModelGeometry, index: int, mode: LayerMode, num_text: int, 
     seen = 0 if mode is LayerMode.TEXT else live
     tokens = num_text + (live if mode is LayerMode.SELF else 0)
     reads = mode is LayerMode.CROSS and live > 0
-    cached = tokens + (live if reads else 0)
+    own = tokens if geometry.window(index) is None else min(tokens, geometry.window(index) - 1)
+    cached = own + (live if reads else 0)
     read = 4 * num_text * width * query + 2 * live * (2 * width * key + geometry.cross_kernel * width)
     return LayerCost(
         index, mode.value, num_text, seen,
         projections=2 * tokens * (2 * width * query + 2 * width * key),
         attention=4 * query * tokens**2,
         attention_causal=2 * query * tokens * (tokens + 1),
-        mlp=2 * tokens * geometry.num_mlp_matrices * width * geometry.intermediate_size,
+        mlp=2 * tokens * geometry.mlp_weights(index),
         cross_projections=reads * read,
         cross_attention=reads * 4 * query * num_text * live,
         scoring=scoring,
@@ -211,8 +217,14 @@ def price(
         routed: True if the model's router has chosen the schedule.
 
     Raises:
-        ValueError: the schedule has another number of layers than the model, or a length is negative.
+        ValueError: the schedule has another number of layers than the model, or changes what layers with a window see,
+            or a length is negative.
     """
+    if any(geometry.windows) and not schedule.is_dense_inside:
+        raise ValueError(
+            f"{geometry.name}: most of its decoder's layers see a window of cached tokens (sliding-window layers), "
+            "which dropped tokens would widen; use a method that acts before the decoder"
+        )
     if schedule.num_layers != geometry.num_layers:
         raise ValueError(f"the schedule has {schedule.num_layers} layers, {geometry.name} has {geometry.num_layers}")
     if num_text < 0 or num_new_tokens < 0 or (tiles is not None and tiles < 0):
@@ -245,9 +257,17 @@ def price(
         layers,
         _decode_parts(geometry, layers, passes),
         kv_bytes=sum(layer.kv_bytes for layer in layers),
-        kv_bytes_final=sum(layer.kv_bytes for layer in layers)
-        + 2 * passes * geometry.num_layers * geometry.kv_size * geometry.dtype_bytes,
+        kv_bytes_final=sum(
+            layer.kv_bytes + 2 * _grown(geometry, layer, passes) * geometry.kv_size * geometry.dtype_bytes
+            for layer in layers
+        ),
     )
+
+
+def _grown(geometry: ModelGeometry, layer: LayerCost, passes: int) -> int:
+    """New tokens that a layer's cache holds after `passes` passes beyond those that had to go."""
+    window, own = geometry.window(layer.layer), layer.own_tokens
+    return passes if window is None else min(own + passes, window - 1) - min(own, window - 1)
 
 
 def _decode_parts(geometry: ModelGeometry, layers: tuple[LayerCost, ...], passes: int) -> dict[str, int]:
@@ -255,10 +275,13 @@ def _decode_parts(geometry: ModelGeometry, layers: tuple[LayerCost, ...], passes
     width, query, key = geometry.hidden_size, geometry.query_size, geometry.kv_size
     parts = dict.fromkeys(PARTS, 0)
     for layer in layers:
-        own = layer.text_tokens + (layer.visual_tokens if layer.mode == LayerMode.SELF.value else 0)
+        own, window = layer.own_tokens, geometry.window(layer.layer)
         parts["decoder_projections"] += passes * 2 * (2 * width * query + 2 * width * key)
-        parts["decoder_attention"] += 4 * query * (passes * own + passes * (passes + 1) // 2)
-        parts["decoder_mlp"] += passes * 2 * geometry.num_mlp_matrices * width * geometry.intermediate_size
+        seen = passes * own + passes * (passes + 1) // 2
+        if window is not None:
+            seen = sum(min(own + step, window) for step in range(1, passes + 1))
+        parts["decoder_attention"] += 4 * query * seen
+        parts["decoder_mlp"] += passes * 2 * geometry.mlp_weights(layer.layer)
         if layer.mode == LayerMode.CROSS.value and layer.visual_tokens:
             parts["cross_projections"] += passes * 4 * width * query
             parts["cross_attention"] += passes * 4 * query * layer.visual_tokens

@@ -2,7 +2,8 @@
 
 A geometry comes from a Hugging Face config (a dict or a config object) or from the presets of known models
 (`budgets.presets`), so that a price needs neither weights nor torch. Configs on the Hub leave out what equals the
-default of their class; the defaults are kept here (`tests/budgets/test_geometry.py` holds them against transformers).
+default of their class; the decoders' defaults are kept here, the towers' in `budgets.towers`
+(`tests/budgets/test_geometry.py` holds them against transformers).
 """
 
 from __future__ import annotations
@@ -11,82 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from budgets.towers import TOWER_READERS, VISION_DEFAULTS, VisionGeometry, _filled, tower_from_config
 
-@dataclass(frozen=True)
-class VisionGeometry:
-    """A vision tower and its projector.
-
-    Args:
-        num_layers: blocks that run. Hugging Face also runs those behind the feature layer (LLaVA-1.5 reads block 23 of
-            24), so they are counted: the figure is what is executed.
-        image_size: side of a tile in pixels, or None for towers of dynamic resolution (one tile = one image).
-        projector: matrices (in, out) applied to every visual token; the Qwen-VL mergers count as projector, those of
-            DeepStack's levels too.
-        num_prefix_tokens: tokens before the patches (CLS).
-        prefix_in_output: True if those tokens become visual tokens too (select strategy "full").
-        patches_per_token: patches merged into one visual token (pixel shuffle, spatial merge); a square number.
-        num_frames: temporal depth of the patch embedding (Qwen-VL doubles a still image).
-        window_patches: patches in an attention window; None if every block sees everything.
-        num_full_layers: blocks that see everything where the others are windowed.
-        pooling_head: SigLIP's attention pooling head runs (its result is not used by the decoder).
-        feature_blocks: blocks that lead to the features; None if all do. Methods inside the tower run only those.
-        packs_tiles: an image may be several tiles, whose projected tokens stand in one row (LLaVA-NeXT,
-            LLaVA-OneVision, Idefics3, InternVL).
-    """
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    patch_size: int
-    image_size: int | None
-    projector: tuple[tuple[int, int], ...]
-    num_channels: int = 3
-    num_frames: int = 1
-    num_mlp_matrices: int = 2
-    num_prefix_tokens: int = 0
-    prefix_in_output: bool = False
-    patches_per_token: int = 1
-    window_patches: int | None = None
-    num_full_layers: int = 0
-    pooling_head: bool = False
-    packs_tiles: bool = False
-    feature_blocks: int | None = None
-
-    @property
-    def projects_first(self) -> bool:
-        """True if methods find projected features only, so that the projector sees every token whatever they drop:
-        tiles are projected before they are packed, and patches are merged by the projector itself."""
-        return self.packs_tiles or self.patches_per_token > 1
-
-    def grid_side(self, image_scale: float = 1.0) -> int:
-        """Patches along the side of a tile whose image is scaled by `image_scale`.
-
-        Raises:
-            ValueError: the tower has no fixed tile, or the scaled image is smaller than one visual token.
-        """
-        if self.image_size is None:
-            raise ValueError("a tower of dynamic resolution has no fixed grid; give the number of visual tokens")
-        side = max(1, round(self.image_size // self.patch_size * image_scale))
-        if side * side < self.patches_per_token:
-            raise ValueError(f"image_scale={image_scale} leaves no visual token of a {self.image_size} px tile")
-        return side
-
-    def visual_tokens(self, image_scale: float = 1.0) -> int:
-        """Visual tokens that one tile yields for the decoder."""
-        merge = round(self.patches_per_token**0.5)
-        prefix = self.num_prefix_tokens if self.prefix_in_output else 0
-        return (self.grid_side(image_scale) // merge) ** 2 + prefix
-
-    @property
-    def tokens_per_tile(self) -> int:
-        """Length of the tower's own sequence for one tile, CLS included."""
-        return self.grid_side() ** 2 + self.num_prefix_tokens
-
-    @property
-    def visual_tokens_per_tile(self) -> int:
-        """Visual tokens that one untouched tile yields for the decoder."""
-        return self.visual_tokens()
+__all__ = [
+    "TEXT_DEFAULTS", "VISION_DEFAULTS", "ExpertGeometry", "ModelGeometry", "VisionGeometry", "VisorGeometry",
+    "from_config",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,6 +45,23 @@ class VisorGeometry:
 
 
 @dataclass(frozen=True)
+class ExpertGeometry:
+    """The expert MLPs of a mixture (MoE), and the layers that have them in place of one MLP.
+
+    Args:
+        num_experts: of a layer; their weights are all there.
+        num_active: that each token goes through: what is computed.
+        intermediate_size: width of one expert.
+        layers: with experts; all others have the model's one MLP.
+    """
+
+    num_experts: int
+    num_active: int
+    intermediate_size: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ModelGeometry:
     """A decoder, the language-model head, and the tower in front of it (None for a text-only model).
 
@@ -123,6 +71,8 @@ class ModelGeometry:
         dtype_bytes: bytes of one cached key or value element.
         visor: layers and configurations of a trained VISOR model; None for any other.
         trained_sides: of the token grids that an M3 model was trained on; empty for any other.
+        experts: of a mixture of experts; None where every layer has one MLP.
+        windows: by layer, how many tokens it sees at most (itself among them), or None; empty where none has a window.
     """
 
     name: str
@@ -139,6 +89,8 @@ class ModelGeometry:
     dtype_bytes: int = 2
     visor: VisorGeometry | None = None
     trained_sides: tuple[int, ...] = ()
+    experts: ExpertGeometry | None = None
+    windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -155,6 +107,22 @@ class ModelGeometry:
     def kv_size(self) -> int:
         """Width of all key heads together (values are as wide)."""
         return self.num_kv_heads * self.head_dim
+
+    def mlp_weights(self, layer: int, active: bool = True) -> int:
+        """Parameters of a layer's MLP matrices; of experts those that a token goes through, with the router.
+
+        Args:
+            active: False for all that must be in memory.
+        """
+        experts = self.experts
+        if experts is None or layer not in experts.layers:
+            return self.num_mlp_matrices * self.hidden_size * self.intermediate_size
+        num = experts.num_active if active else experts.num_experts
+        return self.hidden_size * (num * self.num_mlp_matrices * experts.intermediate_size + experts.num_experts)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer sees at most; None if all."""
+        return self.windows[layer] if self.windows else None
 
     def tower_tokens(self, num_visual: int) -> int:
         """Length of the tower's own sequence for one tile of an image of `num_visual` tokens, CLS included."""
@@ -181,133 +149,23 @@ TEXT_DEFAULTS: dict[str, tuple[int | None, ...]] = {
     "qwen3": (32, 4096, 22016, 32, 32, 128, 151936),
     "qwen2_5_vl_text": (80, 8192, 29568, 64, 8, None, 152064),
     "qwen3_vl_text": (32, 4096, 22016, 32, 32, 128, 151936),
+    "qwen2_vl_text": (80, 8192, 29568, 64, 8, None, 152064),
+    "qwen3_vl_moe_text": (24, 2048, 5632, 16, 16, None, 151936),
+    "glm4v_text": (40, 4096, 13696, 32, 2, None, 151552),
+    "gemma3_text": (26, 2304, 9216, 8, 4, 256, 262208),
+    "cohere2": (40, 8192, 22528, 64, None, 128, 256000),
 }
-# Layers, width, MLP width, heads, image side, patch side.
-_VISION_KEYS = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "image_size",
-    "patch_size",
-)
-VISION_DEFAULTS: dict[str, tuple[int, ...]] = {
-    "clip_vision_model": (12, 768, 3072, 12, 224, 32),
-    "siglip_vision_model": (12, 768, 3072, 12, 224, 16),
-    "idefics3_vision": (12, 1152, 3072, 16, 224, 32),
-    "smolvlm_vision": (12, 1152, 3072, 16, 224, 32),
-    "internvl_vision": (24, 1024, 4096, 16, 448, 14),
-}
-# What the outer config class takes when it holds no vision_config at all.
-_OUTER_VISION: dict[str, dict[str, Any]] = {
-    "llava": {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
-              "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
-    "llava_onevision": {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
-                        "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-                        "vision_use_head": False},
-    "idefics3": {"model_type": "idefics3_vision"},
-    "smolvlm": {"model_type": "smolvlm_vision"},
-    "qwen2_5_vl": {"model_type": "qwen2_5_vl_vision"},
-    "qwen3_vl": {"model_type": "qwen3_vl_vision"},
-    "internvl": {"model_type": "internvl_vision"},
+# The text_config of a whole model without one, where it is more than a class's default.
+_OUTER_TEXT_SIZES = {
+    "mistral3": {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072},
 }  # fmt: skip
-_OUTER_VISION["llava_next"] = _OUTER_VISION["llava"]
 _OUTER_TEXT = {"llava": "llama", "llava_next": "llama", "llava_onevision": "qwen2", "idefics3": "llama",
                "smolvlm": "llama", "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text",
-               "internvl": "qwen2"}  # fmt: skip
+               "internvl": "qwen2", "vipllava": "llama", "mistral3": "mistral", "qwen2_vl": "qwen2_vl_text",
+               "qwen3_vl_moe": "qwen3_vl_moe_text", "glm4v": "glm4v_text", "glm46v": "glm4v_text", "ovis2": "qwen2",
+               "gemma3": "gemma3_text", "aya_vision": "cohere2"}  # fmt: skip
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-
-
-def _integer(value: Any) -> int:
-    """Configs write square sizes as 14 or [14, 14]."""
-    if isinstance(value, (list, tuple)):
-        if len(set(value)) != 1:
-            raise ValueError(f"only square images and patches are priced, got {list(value)}")
-        value = value[0]
-    return int(value)
-
-
-def _filled(config: Mapping[str, Any], keys: tuple[str, ...], defaults: tuple[int | None, ...] | None, where: str):
-    values = []
-    for i, key in enumerate(keys):
-        value = config.get(key)
-        value = (defaults[i] if defaults else None) if value is None else _integer(value)
-        if value is None and key not in ("num_key_value_heads", "head_dim"):
-            raise ValueError(f"{where} has no {key!r} and its model_type {config.get('model_type')!r} no known default")
-        values.append(value)
-    return values
-
-
-def _mlp_projector(config: Mapping[str, Any], width: int, text_width: int) -> tuple[tuple[int, int], ...]:
-    layers = config.get("vision_feature_layer", -2)
-    num_layers = len(layers) if isinstance(layers, (list, tuple)) else 1
-    return ((width * num_layers, text_width), (text_width, text_width))
-
-
-def _feature_blocks(layer: Any, num_layers: int) -> int | None:
-    """Blocks before the hidden states that the projector reads (-1: all; None, or several: all)."""
-    layer = -2 if layer is None else layer
-    if not isinstance(layer, int) or layer == -1:
-        return None
-    return layer if layer >= 0 else num_layers + 1 + layer
-
-
-def _vision_from_config(config: Mapping[str, Any], family: str, text_width: int) -> VisionGeometry:
-    tower = dict(config.get("vision_config") or _OUTER_VISION[family])
-    if family == "qwen3_vl":
-        width, merge = int(tower.get("hidden_size", 1152)), int(tower.get("spatial_merge_size", 2))
-        depth, merged = int(tower.get("depth", 27)), width * merge**2
-        levels = [i for i in tower.get("deepstack_visual_indexes", (8, 16, 24)) if i < depth]
-        merger = ((merged, merged), (merged, int(tower.get("out_hidden_size", 3584))))
-        return VisionGeometry(
-            depth, width, int(tower.get("intermediate_size", 4304)), int(tower.get("num_heads", 16)),
-            _integer(tower.get("patch_size", 16)), None, projector=merger * (1 + len(levels)),
-            num_channels=int(tower.get("in_channels", 3)), num_frames=_integer(tower.get("temporal_patch_size", 2)),
-            patches_per_token=merge**2,
-        )  # fmt: skip
-    if family == "qwen2_5_vl":
-        width, merge = int(tower.get("hidden_size", 3584)), int(tower.get("spatial_merge_size", 2))
-        patch, depth = _integer(tower.get("patch_size", 14)), int(tower.get("depth", 32))
-        merged = width * merge**2
-        full = [i for i in tower.get("fullatt_block_indexes", (7, 15, 23, 31)) if i < depth]
-        return VisionGeometry(
-            depth, width, int(tower.get("intermediate_size", 3420)), int(tower.get("num_heads", 16)), patch, None,
-            projector=((merged, merged), (merged, int(tower.get("out_hidden_size", 3584)))),
-            num_channels=int(tower.get("in_channels", tower.get("in_chans", 3))),
-            num_frames=int(tower.get("temporal_patch_size", 2)), num_mlp_matrices=3, patches_per_token=merge**2,
-            window_patches=(int(tower.get("window_size", 112)) // patch // merge * merge) ** 2,
-            num_full_layers=len(full),
-        )  # fmt: skip
-    kind = tower.get("model_type") or _OUTER_VISION[family]["model_type"]
-    kind = {"idefics3": "idefics3_vision", "smolvlm": "smolvlm_vision"}.get(kind, kind)  # as old configs spell them
-    if kind not in VISION_DEFAULTS:
-        raise ValueError(f"vision tower {kind!r} is not priced; known towers: {', '.join(sorted(VISION_DEFAULTS))}")
-    where = f"vision_config of a {family} model"
-    layers, width, mlp, heads, image, patch = _filled(tower, _VISION_KEYS, VISION_DEFAULTS[kind], where)
-    channels, is_clip = int(tower.get("num_channels", 3)), kind == "clip_vision_model"
-    if family in ("idefics3", "smolvlm"):
-        merge = int(config.get("scale_factor", 2)) ** 2
-        return VisionGeometry(layers, width, mlp, heads, patch, image, ((width * merge, text_width),), channels,
-                              patches_per_token=merge, packs_tiles=True)  # fmt: skip
-    strategy = config.get("vision_feature_select_strategy", "full" if family == "llava_onevision" else "default")
-    if family == "internvl":
-        merge = round(1 / float(config.get("downsample_ratio", 0.5))) ** 2
-        projector = ((width * merge, text_width), (text_width, text_width))
-        if strategy != "default":
-            raise ValueError(f"{where}: vision_feature_select_strategy {strategy!r} leaves the CLS in pixel shuffle")
-        return VisionGeometry(layers, width, mlp, heads, patch, image, projector, channels, num_prefix_tokens=1,
-                              patches_per_token=merge, packs_tiles=True)  # fmt: skip
-    if strategy == "default" and not is_clip:
-        raise ValueError(
-            f"{where}: vision_feature_select_strategy 'default' cuts the first patch of a tower without CLS"
-        )
-    return VisionGeometry(
-        layers, width, mlp, heads, patch, image, _mlp_projector(config, width, text_width), channels,
-        num_prefix_tokens=int(is_clip), prefix_in_output=is_clip and strategy == "full",
-        pooling_head=kind == "siglip_vision_model" and bool(tower.get("vision_use_head", True)),
-        packs_tiles=family in ("llava_next", "llava_onevision"),
-        feature_blocks=_feature_blocks(config.get("vision_feature_layer"), layers),
-    )  # fmt: skip
 
 
 def from_config(config: Any, name: str | None = None) -> ModelGeometry:
@@ -323,8 +181,9 @@ def from_config(config: Any, name: str | None = None) -> ModelGeometry:
     if family == "visor":
         return _visor_from_config(config, name)
     text = dict(config.get("text_config") or {})
-    if not text or (family == "qwen2_5_vl" and "hidden_size" in config and "hidden_size" not in text):
-        text = {**config, **text}  # text-only models, and Qwen2.5-VL as the Hub first had it
+    is_flat = family in ("qwen2_vl", "qwen2_5_vl") and "hidden_size" in config and "hidden_size" not in text
+    if not text or is_flat:  # text-only models, and Qwen2-VL and Qwen2.5-VL as the Hub first had them
+        text = {**_OUTER_TEXT_SIZES.get(family, {}), **config, **text}
         text["model_type"] = _OUTER_TEXT.get(family, family)
     kind = text.get("model_type") or _OUTER_TEXT.get(family)
     where = f"text_config of a {family} model" if config.get("text_config") else f"config of a {family} model"
@@ -332,17 +191,44 @@ def from_config(config: Any, name: str | None = None) -> ModelGeometry:
         text, _TEXT_KEYS, TEXT_DEFAULTS.get(kind), where
     )
     vision = None
-    if family in _OUTER_VISION:
-        vision = _vision_from_config(config, family, width)
+    if family in TOWER_READERS:
+        vision = tower_from_config(config, width)
     elif config.get("vision_config"):
-        known = ", ".join(sorted(_OUTER_VISION))
+        known = ", ".join(sorted(TOWER_READERS))
         raise ValueError(f"model family {family!r} has a tower that is not priced; families that are: {known}")
     dtype = str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype") or "")
     return ModelGeometry(
         name or family or "model", layers, width, mlp, heads, kv_heads or heads, head_dim or width // heads, vocabulary,
         vision, dtype_bytes=_DTYPE_BYTES.get(dtype.removeprefix("torch."), 2),
-        trained_sides=tuple(config.get("m3_sides") or ()),
+        trained_sides=tuple(config.get("m3_sides") or ()), experts=_experts(text, layers),
+        windows=_windows(text, kind, layers),
     )  # fmt: skip
+
+
+def _experts(text: Mapping[str, Any], num_layers: int) -> ExpertGeometry | None:
+    """The experts of a Qwen3-MoE-type text config; None for any other."""
+    if text.get("model_type") != "qwen3_vl_moe_text":
+        return None
+    step, plain = int(text.get("decoder_sparse_step", 1)), text.get("mlp_only_layers") or ()
+    num = int(text.get("num_experts", text.get("num_local_experts", 60)))
+    layers = tuple(i for i in range(num_layers) if num > 0 and i not in plain and (i + 1) % step == 0)
+    width = int(text.get("moe_intermediate_size", 1408))
+    return ExpertGeometry(num, int(text.get("num_experts_per_tok", 4)), width, layers)
+
+
+# Decoders of which every n-th layer sees all, and the others a window: n, and the window.
+_WINDOWED = {"gemma3_text": (6, 4096), "cohere2": (4, 4096)}
+
+
+def _windows(text: Mapping[str, Any], kind: str | None, num_layers: int) -> tuple[int | None, ...]:
+    """By layer, how many tokens it sees at most; empty where none has a window."""
+    step, window = _WINDOWED.get(kind, (0, None))
+    step, window = int(text.get("sliding_window_pattern") or step), text.get("sliding_window", window)
+    types = text.get("layer_types") or ()
+    if not types and kind in _WINDOWED:
+        types = ["sliding_attention" if (i + 1) % step else "full_attention" for i in range(num_layers)]
+    windows = tuple(window if each == "sliding_attention" else None for each in types)
+    return windows if any(windows) else ()
 
 
 def _visor_from_config(config: Mapping[str, Any], name: str | None) -> ModelGeometry:

@@ -30,8 +30,8 @@ def setting(name: str, geometry: ModelGeometry, num_visual: int, num_text: int, 
         ValueError: there is no such method, or it cannot meet the budget on this model.
     """
     method = METHODS.get(name)()
-    if getattr(method, "keep", 1) is None:  # as many as stand out: here as many as its own paper counts, 1 in 18
-        method = type(method)(keep=max(1, num_visual // 18))
+    if getattr(method, "keep", 1) is None:  # as many as stand out: here as many as its own paper counts
+        method = type(method)(keep=max(1, num_visual // method.usually_one_in))
     return method if budget is None or name == "dense" else fit(method, geometry, num_visual, num_text, budget)
 
 

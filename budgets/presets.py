@@ -36,6 +36,14 @@ def _qwen2_5_vl(
     return ModelGeometry(name, layers, width, mlp, heads, kv_heads, 128, vocabulary, vision)
 
 
+def _qwen2_vl(
+    name: str, layers: int, width: int, mlp: int, heads: int, kv_heads: int, vocabulary: int
+) -> ModelGeometry:
+    vision = VisionGeometry(32, 1280, 5120, 16, 14, None, ((5120, 5120), (5120, width)), num_frames=2,
+                            patches_per_token=4)  # fmt: skip
+    return ModelGeometry(name, layers, width, mlp, heads, kv_heads, 128, vocabulary, vision)
+
+
 def _qwen3_vl(name: str, decoder: tuple[int, ...], tower: tuple[int, int, int]) -> ModelGeometry:
     layers, width, mlp = tower
     merger = ((width * 4, width * 4), (width * 4, decoder[1]))
@@ -62,6 +70,8 @@ PRESETS: dict[str, ModelGeometry] = {
         _onevision("llava-onevision-0.5b", 24, 896, 4864, 14, 2, 152000),
         _onevision("llava-onevision-7b", 28, 3584, 18944, 28, 4, 152128),
         _onevision("llava-onevision-72b", 80, 8192, 29568, 64, 8, 152128),
+        _qwen2_vl("qwen2-vl-2b", 28, 1536, 8960, 12, 2, 151936),
+        _qwen2_vl("qwen2-vl-7b", 28, 3584, 18944, 28, 4, 152064),
         _qwen2_5_vl("qwen2.5-vl-3b", 36, 2048, 11008, 16, 2, 151936),
         _qwen2_5_vl("qwen2.5-vl-7b", 28, 3584, 18944, 28, 4, 152064),
         _qwen3_vl("qwen3-vl-2b", (28, 2048, 6144, 16, 8), (24, 1024, 4096)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -58,6 +58,12 @@ def parts_of(name: str) -> list[str]:
     return parts
 
 
+def _function(named: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module, _, function = named.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 class Registry:
     """Names to objects of one kind.
 
@@ -67,11 +73,20 @@ class Registry:
         entry_point_group: group under which other distributions offer modules to import ("visor.methods").
         composer: "module:function" that makes an object of a name such as "a+b" and its parts; None if names do not
             compose.
+        schemes: "module:function" by scheme: of a name such as "lmms:chartqa" it makes the object of what stands
+            behind the colon. There may be thousands of these, so they are not listed.
     """
 
-    def __init__(self, kind: str, package: str, entry_point_group: str, composer: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        package: str,
+        entry_point_group: str,
+        composer: str | None = None,
+        schemes: Mapping[str, str] | None = None,
+    ) -> None:
         self.kind, self.package, self.entry_point_group = kind, package, entry_point_group
-        self.composer = composer
+        self.composer, self.schemes = composer, dict(schemes or {})
         self._objects: dict[str, Any] = {}
         self._discovered = False
 
@@ -111,14 +126,16 @@ class Registry:
 
         Raises:
             UnknownNameError: no such name; the message lists those that exist, nearest first.
-            ValueError: the parts of a composed name do not go together.
+            ValueError: the parts of a composed name do not go together, or its scheme refuses it.
         """
+        scheme, colon, rest = name.partition(":")
+        if colon and scheme in self.schemes:
+            return _function(self.schemes[scheme])(rest)
         self._discover()
         parts = parts_of(name)
         # "fastv+" has one part, itself: a name like any other.
         if self.composer is not None and len(parts) > 1 and name not in self._objects:
-            module, _, function = self.composer.partition(":")
-            return getattr(importlib.import_module(module), function)(parts, [self.get(part) for part in parts])
+            return _function(self.composer)(parts, [self.get(part) for part in parts])
         check_name(self.kind, name, self.names())
         return self._objects[name]
 
@@ -126,9 +143,15 @@ class Registry:
         return iter(self.names())
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names()
+        """True for all names of a scheme: only `get` looks at what stands behind the colon."""
+        return name.partition(":")[0] in self.schemes if ":" in name else name in self.names()
 
 
 METHODS = Registry("method", "visor.reduction", "visor.methods", composer="visor.reduction._compose:compose")
 FAMILIES = Registry("model family", "visor.families", "visor.families")
-TASKS = Registry("task", "evaluations.tasks", "visor.tasks")
+TASKS = Registry(
+    "task",
+    "evaluations.tasks",
+    "visor.tasks",
+    schemes={"lmms": "evaluations.lmms.tasks:task_named", "folder": "evaluations.folder:task_of"},
+)

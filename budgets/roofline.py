@@ -131,11 +131,20 @@ class Floor:
         return {**asdict(self), "ms": self.ms, "binds": self.binds}
 
 
-def layer_weights(geometry: ModelGeometry) -> int:
-    """Parameters of one decoder layer's matrices."""
+def layer_weights(geometry: ModelGeometry, layer: int = 0, active: bool = False) -> int:
+    """Parameters of one decoder layer's matrices.
+
+    Args:
+        active: of a mixture of experts only those that one token goes through.
+    """
     width = geometry.hidden_size
     attention = 2 * width * geometry.query_size + 2 * width * geometry.kv_size
-    return attention + geometry.num_mlp_matrices * width * geometry.intermediate_size
+    return attention + geometry.mlp_weights(layer, active)
+
+
+def decoder_weights(geometry: ModelGeometry, active: bool = False) -> int:
+    """The same of all layers together."""
+    return sum(layer_weights(geometry, layer, active) for layer in range(geometry.num_layers))
 
 
 def cross_weights(geometry: ModelGeometry, decoding: bool = False) -> int:
@@ -174,7 +183,7 @@ def floors(
     cost, size = price(geometry, schedule, num_text, num_new_tokens=2), DTYPE_BYTES[dtype]
     cross = sum(layer.mode == LayerMode.CROSS.value and layer.visual_tokens > 0 for layer in cost.layers)
     head = geometry.hidden_size * geometry.vocab_size
-    layers = geometry.num_layers * layer_weights(geometry)
+    layers = decoder_weights(geometry, active=True)  # all tokens may choose the same experts
     projector = sum(i * o for i, o in geometry.vision.projector) if geometry.vision else 0
     kv_bytes = cost.kv_bytes * size // geometry.dtype_bytes
     prefill = cost.prefill - cost.parts["tower"] - cost.parts["decoder_attention"] + cost.attention_causal

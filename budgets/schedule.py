@@ -114,7 +114,12 @@ class Schedule:
     @property
     def is_dense(self) -> bool:
         """True if this is the unmodified model."""
-        return self.encoder is None and self.image_scale == 1.0 and all(op == LayerOp() for op in self.layers)
+        return self.encoder is None and self.image_scale == 1.0 and self.is_dense_inside
+
+    @property
+    def is_dense_inside(self) -> bool:
+        """True if the decoder runs every layer on all tokens that enter it."""
+        return all(op == LayerOp() for op in self.layers)
 
     @property
     def structure(self) -> tuple:

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from budgets.registry import check_name
 from evaluations.arguments import names
+from evaluations.command import FAILURES, INTERRUPTED, OK, USAGE, say
+from evaluations.job import load_model, make_report
 from evaluations.records import RecordsError, RunFolder, read_json, write_json_atomically
-from evaluations.run import FAILURES, INTERRUPTED, OK, USAGE, load_model, make_report, say
 from evaluations.run_file import card_says_trained
 from evaluations.suite import load_suite, suite_names
 
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="dense-tiny", help="shipped model, folder, or owner/name of the Hub (default: %(default)s)")
     add("--suite", default="all", help=f"{', '.join(suite_names())}, or a .yaml file (default: %(default)s)")
     add("--tasks", type=names, metavar="A,B", help="tasks to look at (default: the suite's)")
+    add("--data-root", type=Path, metavar="DIR", help="where data sets lie as on the Hub, DIR/<org>/<name>")
     add("--only", type=names, metavar="A,B", default=list(KINDS), help=f"analyses (default: {','.join(KINDS)})")
     add("--limit", type=int, default=DEFAULT_LIMIT, help="samples of each task (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="samples answered together (default: %(default)s)")
@@ -91,8 +93,8 @@ def analyse(
     Raises:
         ValueError: the request cannot be met.
     """
-    from budgets.registry import TASKS
     from evaluations.progress import progress
+    from evaluations.task import open_task
 
     started = time.monotonic()
     say(f"loading {config.model} on {config.device} ({config.dtype}, {config.attention} attention)")
@@ -102,7 +104,7 @@ def analyse(
     document = _document(path, config, loaded, card_says_trained(loaded.card))
     failed: dict[str, str] = {}
     with folder.locked():
-        tasks = [(entry.name, TASKS.get(entry.name)(), entry.limit) for entry in config.tasks]
+        tasks = [(entry.name, open_task(entry.name, config.data_root), entry.limit) for entry in config.tasks]
         jobs = [(name, task, limit, kind) for name, task, limit in tasks for kind in only]
         jobs = [job for job in jobs if not _is_done(document, *job)]
         with progress("analyses", len(jobs)) as line:
@@ -163,8 +165,10 @@ def _per_image(samples: Sequence[Any]) -> list[Any]:
 
 
 def _each(loaded: Any, samples: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    from evaluations.task import prepare_sample
+
     for sample in samples:
-        prepared = loaded.prepare(sample.image, sample.question)
+        prepared = prepare_sample(loaded, sample)
         yield prepared, loaded.encode([prepared])[0]
 
 
@@ -215,9 +219,9 @@ def _layer_drop(loaded: Any, task: Any, samples: Sequence[Any], batch_size: int,
     import numpy as np
 
     from budgets.schedule import dense
-    from evaluations.cells import make_batches
-    from evaluations.metrics import score
+    from evaluations.batches import make_batches
     from evaluations.statistics import holm, mean_interval, paired_comparison
+    from evaluations.task import prepare_sample
     from visor.analysis.layer_drop import without_image_in
 
     num_layers = loaded.geometry.num_layers
@@ -228,13 +232,15 @@ def _layer_drop(loaded: Any, task: Any, samples: Sequence[Any], batch_size: int,
     scores: list[list[float]] = [[] for _ in rules]
     images: list[str] = []
     for batch in make_batches(samples, batch_size):
-        prepared = [loaded.prepare(sample.image, sample.question) for sample in batch]
+        prepared = [prepare_sample(loaded, sample) for sample in batch]
         vision = loaded.encode(prepared)
         images += [sample.image_id for sample in batch]
         for column, rule in zip(scores, rules, strict=True):
             schedules = [rule(each.num_visual) for each in prepared]
             answers = loaded.generate(prepared, vision, schedules, task.max_new_tokens)
-            column += [score(task.metric, a.text, s.references) for a, s in zip(answers, batch, strict=True)]
+            if errors := [answer.error for answer in answers if answer.error]:
+                raise ValueError(errors[0])
+            column += [task.score(s, a.text).score for a, s in zip(answers, batch, strict=True)]
     reference = mean_interval(scores[0], images)
     tests = [paired_comparison([(column, scores[0], images)]) for column in scores[1:]]
     adjusted = holm([test.p_value for test in tests])

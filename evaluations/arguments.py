@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 
 def names(text: str) -> list[str]:
@@ -32,3 +34,14 @@ def method_and_model(text: str) -> tuple[str, str]:
     if not (method and equals and model):
         raise argparse.ArgumentTypeError(f"a checkpoint is given as METHOD=MODEL, like visor=my-visor, got {text!r}")
     return method, model
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    """ "num_beams=3" to ("num_beams", 3): a value is read as JSON, and as text where it is none."""
+    key, equals, value = text.partition("=")
+    if not (key.strip() and equals):
+        raise argparse.ArgumentTypeError(f"a setting is given as KEY=VALUE, like num_beams=3, got {text!r}")
+    try:
+        return key.strip(), json.loads(value, parse_constant=lambda name: name)
+    except json.JSONDecodeError:
+        return key.strip(), value

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,12 @@ from evaluations.machine import machine, state
 from evaluations.noise import Ratio, ratio_by_round, turns
 from evaluations.records import write_json_atomically
 
-GROUPS = ("prefill", "decode", "harness", "sweep")
+GROUPS = ("prefill", "decode", "harness", "questions", "sweep")
 NUM_TEXT = 64
 NUM_STEPS = 4  # of decode a measurement; a single one is a tenth of a second
 # Short measurements, of half a second and of two, are repeated in each round: they are at the mercy of other work.
 DECODE_REPEATS, HARNESS_REPEATS = 8, 3
+NUM_QUESTIONS = 200
 # A sweep of 12 cells: three methods at two budgets on two tasks.
 SWEEP_TASKS, SWEEP_METHODS, SWEEP_BUDGETS = ("easy_vqa", "digits"), ("fastv", "visionzip", "random"), ("0.5", "0.25")
 
@@ -130,24 +133,26 @@ class Engine:
         """Run a prompt; None is transformers' own forward. Returns the cache."""
         import torch
 
+        from visor.engine.compat import cache_of
         from visor.engine.decoder import running
 
         embeddings, visual = self.prompt(num_visual)
         with torch.inference_mode():
             if schedule is None:
-                return self.decoder(inputs_embeds=embeddings, use_cache=True).past_key_values
+                return cache_of(self.decoder(inputs_embeds=embeddings, use_cache=True))
             with running(self.model, schedule, visual=visual):
-                return self.decoder(inputs_embeds=embeddings, use_cache=True).past_key_values
+                return cache_of(self.decoder(inputs_embeds=embeddings, use_cache=True))
 
     def decode(self, cache: Any, schedule: Schedule | None) -> None:
         """A few tokens after a prompt; the cache is left as it was."""
         import torch
 
+        from visor.engine.compat import CACHE
         from visor.engine.decoder import running
 
         weight = next(self.decoder.layers.parameters())
         token = torch.ones(1, 1, self.geometry.hidden_size, dtype=weight.dtype)
-        step = lambda: self.decoder(inputs_embeds=token, past_key_values=cache, use_cache=True)
+        step = lambda: self.decoder(inputs_embeds=token, use_cache=True, **{CACHE: cache})
         with torch.inference_mode():
             for _ in range(NUM_STEPS):
                 if schedule is None:
@@ -205,18 +210,21 @@ def _bench_decode(engine: Engine, num_visual: int, rounds: int) -> Measured:
 # --- the harness ----------------------------------------------------------------------------------------------------
 
 
-def bench_harness(model: str, limit: int, rounds: int) -> Measured:
-    """A sweep of one cell at batch 16 against a bare loop over the same batches."""
+@contextmanager
+def one_cell(model: str, limit: int) -> Iterator[tuple[Any, Any, Callable[[], None]]]:
+    """A model, its first easy-VQA questions planned in batches of 16, and the sweep that answers them anew."""
     from budgets.registry import TASKS
-    from evaluations.cells import Planner, make_plan, plan_task
+    from evaluations.batches import plan_task
+    from evaluations.cells import make_plan
     from evaluations.config import RunConfig
     from evaluations.features import FeatureCache
     from evaluations.models import Models
     from evaluations.progress import Progress
     from evaluations.records import RunFolder
+    from evaluations.settings import Planner
     from evaluations.suite import load_suite
     from evaluations.sweep import Sweep
-    from visor.inference.loaded_model import LoadedModel
+    from visor.inference import LoadedModel
 
     loaded = LoadedModel.load(model)
     models = Models(loaded)
@@ -234,16 +242,81 @@ def bench_harness(model: str, limit: int, rounds: int) -> Measured:
             job = Sweep(models, plan, planner, folder, "smoke", FeatureCache())
             job.run(job.pending(), Progress("bench", limit, 0, None))
 
+        yield loaded, planned, sweep
+
+
+def bench_harness(model: str, limit: int, rounds: int) -> Measured:
+    """A sweep of one cell at batch 16 against a bare loop over the same batches."""
+    with one_cell(model, limit) as (loaded, planned, sweep):
+
         def bare() -> None:
             for batch in planned.batches:
                 prepared = [loaded.prepare(sample.image, sample.question) for sample in batch]
                 schedules = [dense(loaded.geometry.num_layers, each.num_visual) for each in prepared]
-                loaded.generate(prepared, loaded.encode(prepared), schedules, task.max_new_tokens)
+                loaded.generate(prepared, loaded.encode(prepared), schedules, planned.task.max_new_tokens)
 
         bare()  # warms up both
         seconds = interleaved({"bare loop": bare, "sweep of one cell": sweep}, rounds)
     ratio = ratio_by_round(seconds["sweep of one cell"], seconds["bare loop"])
     return [Promise("harness / bare generate loop, batch 16", ratio, 1.03, True)], seconds
+
+
+def bench_questions(model: str, rounds: int, num: int = NUM_QUESTIONS) -> Measured:
+    """Our path at its default batch size against lmms-eval's `llava_hf` adapter at its own, a question at a time.
+
+    Without lmms-eval (or decord, which that adapter imports) against what it does inside: transformers' generate().
+    """
+    from visor.inference import checkpoint
+
+    with one_cell(model, num) as (loaded, planned, sweep):
+        folder = checkpoint.resolve(model)
+        if find_spec("lmms_eval") and find_spec("decord"):
+            rival, one_by_one = "llava_hf", _llava_hf(folder, planned)
+        else:
+            rival, one_by_one = "transformers", _generate_loop(folder, planned, loaded.processor)
+        names = f"{rival}, {num} questions one by one", f"sweep of {num} questions"
+        seconds = interleaved({names[0]: one_by_one, names[1]: sweep}, rounds)
+    ratio = ratio_by_round(seconds[names[1]], seconds[names[0]])
+    return [Promise(f"{num} questions, batch 16 / {rival} one by one", ratio, 0.5, True)], seconds
+
+
+def _generate_loop(folder: Path, planned: Any, processor: Any) -> Callable[[], None]:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    plain = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True).eval()
+
+    def one_by_one() -> None:
+        for sample in planned.samples:
+            parts = [{"type": "image", "image": sample.image}, {"type": "text", "text": sample.question}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+                return_tensors="pt",
+            )  # fmt: skip
+            with torch.inference_mode():
+                ids = plain.generate(**inputs, max_new_tokens=planned.task.max_new_tokens, do_sample=False)
+            processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return one_by_one
+
+
+def _llava_hf(folder: Path, planned: Any) -> Callable[[], None]:
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.models.simple.llava_hf import LlavaHf
+
+    adapter = LlavaHf(str(folder), device="cpu", device_map="cpu", dtype="float32")
+    adapter.task_dict = {"questions": {"test": planned.samples}}
+    options = {"max_new_tokens": planned.task.max_new_tokens, "do_sample": False, "temperature": 0, "until": []}
+    requests = [
+        Instance(
+            "generate_until",
+            (sample.question, dict(options), lambda each: [each.image], place, "questions", "test"),
+            0,
+            {"task": "questions", "doc_id": place, "repeats": 1},
+        )
+        for place, sample in enumerate(planned.samples)
+    ]
+    return lambda: adapter.generate_until(requests)
 
 
 def child_seconds(arguments: Sequence[str]) -> float:
@@ -333,6 +406,8 @@ def execute(options: argparse.Namespace) -> int:
             parts.append(lambda: bench_engine(engine, options.visual_tokens, groups, options.rounds))
         if "harness" in groups:
             parts.append(lambda: bench_harness(options.model, options.limit, options.rounds * HARNESS_REPEATS))
+        if "questions" in groups:
+            parts.append(lambda: bench_questions(options.model, options.rounds))
         if "sweep" in groups:
             parts.append(lambda: bench_sweep(options.model, min(16, options.limit), max(1, options.rounds // 2)))
         for part in parts:

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from budgets.match import check_tokens
 from budgets.policies import POLICIES
 from budgets.registry import METHODS, TASKS, check_name
 from evaluations.suite import Suite, SuiteTask
 from visor.inference import checkpoint
 from visor.inference.loading import ATTENTIONS, DTYPES
+from visor.vision.image import MAX_PIXELS
 
 DEVICES = ("cpu", "cuda", "mps")
 COST_WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -28,6 +30,8 @@ class RunConfig:
         tasks: tasks to run with their limits; in the order given.
         methods: registered methods, in the order given.
         budgets: decoder prefill FLOPs relative to dense, each in (0, 1], largest first.
+        tokens: budgets as papers state them, beside the others: visual tokens, mean over the decoder's layers, each
+            above 1, largest first.
         methods_asked, budgets_asked: True if they were asked for and are not the suite's default list. What was asked
             for and cannot be had is an error; what is merely in the default list is left out and said to be.
         model: shipped checkpoint, folder or Hub name.
@@ -38,7 +42,11 @@ class RunConfig:
         policies_asked: as the two above.
         cost_weights: lambdas of the cost-aware router.
         thresholds: of the cascade: it goes on while the first answer token is less likely.
+        max_pixels: samples with a larger image fail, and are recorded as such.
         checkpoints: (method, model) pairs: what a trained method runs on, instead of the shipped one.
+        generation: (name, value) pairs of transformers' GenerationConfig, beside greedy decoding.
+        system: text of a system turn before each question; None for what the chat template does by itself.
+        data_root: where data sets lie as on the Hub; None for each task's own way to its data.
     """
 
     suite: Suite
@@ -61,11 +69,18 @@ class RunConfig:
     cost_weights: tuple[float, ...] = COST_WEIGHTS
     thresholds: tuple[float, ...] = THRESHOLDS
     checkpoints: tuple[tuple[str, str], ...] = ()
+    max_pixels: int = MAX_PIXELS
+    tokens: tuple[float, ...] = ()
+    generation: tuple[tuple[str, Any], ...] = ()
+    system: str | None = None
+    data_root: Path | None = None
 
     def __post_init__(self) -> None:
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise ValueError(f"a budget is a share of the dense decoder's prefill FLOPs in (0, 1], got {budget:g}")
+        for tokens in self.tokens:
+            check_tokens(tokens)
         kinds = [("task", [task.name for task in self.tasks]), ("method", self.methods), ("policy", self.policies)]
         for kind, names in kinds:
             if not names:
@@ -78,12 +93,14 @@ class RunConfig:
         check_name("device", re.sub(r"^cuda:\d+$", "cuda", self.device), DEVICES)
         check_name("dtype", self.dtype, DTYPES)
         check_name("attention", self.attention, ATTENTIONS)
-        for name in ("batch_size", "limit"):
+        for name in ("batch_size", "limit", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.seed < 0:
             raise ValueError(f"--seed must be at least 0, got {self.seed}")
+        if self.data_root is not None and not self.data_root.is_dir():
+            raise ValueError(f"--data-root {self.data_root} is no folder; data sets lie in it as <org>/<name>")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; it must be a folder, new or of an earlier run")
         for method in self.methods:
@@ -102,6 +119,11 @@ class RunConfig:
             if not any(uses(name) for name in self.methods):
                 raise ValueError(f"a checkpoint is given for {method!r}, but the methods are {', '.join(self.methods)}")
             checkpoint.locate(model)
+        settings = [name for name, _ in self.generation]
+        if twice := sorted({name for name in settings if settings.count(name) > 1}):
+            raise ValueError(f"--generation {twice[0]} is given twice")
+        if self.system is not None and not self.system.strip():
+            raise ValueError("--system is empty; leave it out for what the chat template does by itself")
         for task in self.tasks:
             TASKS.get(task.name)
         checkpoint.locate(self.model)
@@ -114,10 +136,12 @@ class RunConfig:
         tasks: list[str] | None = None,
         methods: list[str] | None = None,
         budgets: list[float] | None = None,
+        tokens: list[float] | None = None,
         policies: list[str] | None = None,
         cost_weights: list[float] | None = None,
         thresholds: list[float] | None = None,
         checkpoints: list[tuple[str, str]] | None = None,
+        generation: list[tuple[str, Any]] | None = None,
         limit: int | None = None,
         out: Path | None = None,
         **rest: Any,
@@ -142,6 +166,8 @@ class RunConfig:
             cost_weights=tuple(sorted(set(COST_WEIGHTS if cost_weights is None else cost_weights))),
             thresholds=tuple(sorted(set(THRESHOLDS if thresholds is None else thresholds))),
             checkpoints=tuple(checkpoints or ()),
+            generation=tuple(generation or ()),
+            tokens=tuple(sorted(set(tokens or ()), reverse=True)),
             limit=limit,
             out=Path("runs") / suite.name if out is None else out,
             **rest,
@@ -149,4 +175,5 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """For run.json."""
-        return {**asdict(self), "suite": self.suite.name, "out": str(self.out)}
+        data_root = None if self.data_root is None else str(self.data_root)
+        return {**asdict(self), "suite": self.suite.name, "out": str(self.out), "data_root": data_root}

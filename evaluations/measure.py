@@ -15,13 +15,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from evaluations.cells import Lengths, Plan, Planner, Setting, check_sample
+from evaluations.batches import Lengths, check_sample
+from evaluations.cells import Plan
 from evaluations.memory import PeakMemory, measure_memory, weights_bytes
 from evaluations.models import Models
 from evaluations.noise import turns
 from evaluations.progress import Progress
 from evaluations.records import RunFolder, TimingRecord
+from evaluations.settings import Planner, Setting
 from evaluations.suite import TimingPlan
+from evaluations.task import prepare_sample
 from visor.engine.stopwatch import ScoringClock, scoring_clock
 from visor.reduction.method import tower_reduction
 
@@ -188,7 +191,7 @@ def timing_samples(plan: Plan, timing: TimingPlan) -> list[Sample]:
                 return list(chosen.values())
             if depth < len(queue):
                 try:
-                    check_sample(queue[depth])
+                    check_sample(queue[depth], plan.max_pixels)
                 except ValueError:  # a failed record of the accuracy pass; here the next sample takes its place
                     continue
                 chosen.setdefault(queue[depth].image_id, queue[depth])
@@ -229,7 +232,7 @@ class TimingPass:
 
     def prepare(self) -> list[Any]:
         """The samples, ready for the model."""
-        return [self.loaded.prepare(sample.image, sample.question) for sample in self.samples]
+        return [prepare_sample(self.loaded, sample) for sample in self.samples]
 
     def _enough(self, num_runs: int, seconds: float) -> bool:
         least = num_runs >= self.timing.min_runs and seconds >= self.timing.min_seconds
@@ -295,7 +298,7 @@ class TimingPass:
             return batch
         if setting.model not in self._prepared:
             loaded = self.models[setting.model]
-            self._prepared[setting.model] = [loaded.prepare(each.image, each.question) for each in self.samples]
+            self._prepared[setting.model] = [prepare_sample(loaded, each) for each in self.samples]
         places = {id(sample): place for place, sample in enumerate(self._prepared[""])}
         return [self._prepared[setting.model][places[id(sample)]] for sample in batch]
 

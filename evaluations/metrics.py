@@ -1,43 +1,41 @@
 """How an answer is scored: the metrics of the field, each from 0 to 1.
 
-exact_match       the normalised strings are equal.
+exact_match       the normal forms are equal.
 vqa_accuracy      VQA v2 (Antol et al. 2015; Goyal et al. 2017): min(1, matching annotators / 3), averaged over
-                  all leave-one-out subsets; with fewer than three references any match counts fully.
+                  all leave-one-out subsets; with three references the other two are enough, with fewer any match is.
 anls              average normalised Levenshtein similarity (Biten et al. 2019, ST-VQA and DocVQA): 1 - distance /
                   length of the nearest reference, 0 below a similarity of 0.5.
 relaxed_accuracy  ChartQA (Masry et al. 2022): numbers within 5 % of the reference, other answers by exact match.
+
+What makes two answers the same is another rule in each: `evaluations.normalise`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 from budgets.registry import check_name
+from evaluations.normalise import for_anls, for_exact_match, for_relaxed_accuracy, for_vqa
 
 ANLS_THRESHOLD = 0.5
-RELAXED_TOLERANCE = 0.05
-
-
-def normalise(text: str) -> str:
-    """Lower case, single spaces, no articles, no surrounding punctuation."""
-    text = re.sub(r"\s+", " ", text.strip().lower())
-    text = re.sub(r"\b(a|an|the)\b ", "", text + " ").strip()
-    return text.strip(".,;:!?\"'")
+RELAXED_TOLERANCE = Decimal("0.05")
 
 
 def exact_match(answer: str, references: Sequence[str]) -> float:
     """1 if the answer equals a reference after normalisation."""
-    return float(any(normalise(answer) == normalise(reference) for reference in references))
+    given = for_exact_match(answer)
+    return float(any(given == for_exact_match(reference) for reference in references))
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """Agreement with the annotators, as in VQA v2."""
-    matches = [normalise(answer) == normalise(reference) for reference in references]
+    """Agreement with the annotators, as in VQA v2, which has ten of them."""
+    given = for_vqa(answer)
+    matches = [given == for_vqa(reference) for reference in references]
     if len(matches) < 3:
         return float(any(matches))
-    total = sum(matches)
-    return sum(min(1.0, (total - own) / 3) for own in matches) / len(matches)
+    total, enough = sum(matches), min(3, len(matches) - 1)  # of three that agree, each subset has only two
+    return sum(min(1.0, (total - own) / enough) for own in matches) / len(matches)
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -54,31 +52,26 @@ def anls(answer: str, references: Sequence[str]) -> float:
     """Similarity to the nearest reference, 0 where less than half agrees."""
     best = 0.0
     for reference in references:
-        given, wanted = (" ".join(text.lower().split()) for text in (answer, reference))
+        given, wanted = for_anls(answer), for_anls(reference)
         longest = max(len(given), len(wanted))
         similarity = 1 - edit_distance(given, wanted) / longest if longest else 1.0
         best = max(best, similarity)
     return best if best >= ANLS_THRESHOLD else 0.0
 
 
-def _number(text: str) -> float | None:
-    text = text.strip().rstrip(".").replace(",", "")
-    try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        return None
-
-
 def relaxed_accuracy(answer: str, references: Sequence[str]) -> float:
-    """1 if a numeric answer is within 5 % of a reference, or another answer equals one."""
-    given = _number(answer)
+    """1 if a numeric answer is within 5 % of a reference, or another answer equals one.
+
+    The 5 % are exact: in floats 1.05 is not within 5 % of 1.
+    """
+    given = for_relaxed_accuracy(answer)
     for reference in references:
-        wanted = _number(reference)
-        if given is not None and wanted is not None:
+        wanted = for_relaxed_accuracy(reference)
+        if given == wanted:
+            return 1.0
+        if isinstance(given, Decimal) and isinstance(wanted, Decimal):
             if abs(given - wanted) <= RELAXED_TOLERANCE * abs(wanted):
                 return 1.0
-        elif exact_match(answer, [reference]):
-            return 1.0
     return 0.0
 
 

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from budgets import policies
-from evaluations.cells import VALIDATION, Cell, Lengths, Plan, Planner, Setting
+from evaluations.batches import VALIDATION, Lengths
+from evaluations.cells import Cell, Plan
 from evaluations.progress import Progress
 from evaluations.records import Manifest, RecordsError, RunFolder, SampleRecord
+from evaluations.settings import Planner, Setting
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -208,6 +210,7 @@ def manifest_of(cell: Cell, suite: str, records: Sequence[SampleRecord], error: 
         setting_id=setting.id,
         model=setting.model or None,
         configurations=[each.options() for each in setting.family] or None,
+        aggregate=task.task.aggregate(records) if error is None else None,
     )
 
 

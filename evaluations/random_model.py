@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from budgets.geometry import ModelGeometry
 from budgets.schedule import Reduction
 from visor.engine.decoder import install
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel
 from visor.inference.loading import dtype_named
-from visor.inference.prompt import PreparedSample
 from visor.vision.features import VisionFeatures, encode_inside, run_tower
+from visor.vision.prepared import PreparedSample
 from visor.vision.taps import whole_image_places
 
 RANDOM_VALUES = 1 << 20  # weights repeat a block of so many normal values: filling a large model takes seconds

@@ -14,6 +14,7 @@ Imports neither torch nor the model: the report reads through this file too.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import tempfile
@@ -34,7 +35,8 @@ class RecordsError(ValueError):
 
 
 def setting_id(method: str, budget: float | None = None, policy: str | None = None, value: float | None = None) -> str:
-    """`<method>:<policy>`, `<method>:<policy>(<value>)`, `<method>@<budget>` or, without a dial, `<method>`.
+    """`<method>:<policy>`, `<method>:<policy>(<value>)`, `<method>@<budget>` or, without a dial, `<method>`. A budget
+    above 1 is a number of visual tokens (`budgets.match`): "fastv@0.25", "fastv@192".
 
     Args:
         value: what tells settings of one policy apart: the configuration of "fixed", the cost weight of "router", the
@@ -43,6 +45,11 @@ def setting_id(method: str, budget: float | None = None, policy: str | None = No
     if policy is not None:
         return f"{method}:{policy}" if value is None else f"{method}:{policy}({value:g})"
     return method if budget is None or method == "dense" else f"{method}@{budget:g}"
+
+
+def digest(value: Any) -> str:
+    """A hash of JSON data that is the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def pack_bits(kept: Sequence[bool] | None) -> str | None:
@@ -97,6 +104,7 @@ class SampleRecord(_Record):
     configuration: int | None = None  # index of the one that answered, of a method that has several
     attempts: list[int] | None = None  # configurations that a cascade ran, all of which are in the FLOPs
     kept: str | None = None  # `pack_bits` of the tokens alive after the last reduction; null: all, or merged
+    values: dict[str, Any] | None = None  # what a benchmark's own aggregate is made of (`Task.score`)
 
 
 @dataclass(frozen=True)
@@ -152,6 +160,7 @@ class Manifest(_Record):
     num_resumed: int = 0  # records found finished by an earlier process
     model: str | None = None  # checkpoint, where it is not the run's own
     configurations: list[dict[str, Any]] | None = None  # of a method that has several: the options of each
+    aggregate: dict[str, Any] | None = None  # of a benchmark that has its own (`Task.aggregate`)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

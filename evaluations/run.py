@@ -1,36 +1,21 @@
-"""The main job: `python -m evaluations.run --suite fine-grained` compares methods on tasks and writes a report.
+"""The command of the main job: `python -m evaluations.run --suite fine-grained` compares methods and writes a report.
 
-Arguments become a checked configuration, the configuration a plan of cells, the plan an accuracy pass, a timing pass
-and a report. Names and numbers are checked before anything is loaded. The same command in the same folder continues.
+Arguments become a checked configuration; `evaluations.job` does the rest. Names and numbers are checked before anything
+is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from evaluations.arguments import method_and_model, names, numbers
+from evaluations.arguments import key_and_value, method_and_model, names, numbers
+from evaluations.command import INTERRUPTED, USAGE, say
+from evaluations.job import execute
 from evaluations.suite import load_suite, suite_names
-
-if TYPE_CHECKING:
-    from evaluations.cells import Plan, PlannedTask, Planner
-    from evaluations.config import RunConfig
-    from evaluations.models import Models
-    from evaluations.records import RunFolder
-    from evaluations.sweep import SweepResult
-
-OK, FAILURES, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-
-def say(text: str) -> None:
-    """A line for people; stdout is kept for results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,11 +28,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--suite", default="smoke", help=f"{', '.join(suite_names())}, or a .yaml file (default: %(default)s)")
-    add("--tasks", type=names, metavar="A,B", help="tasks to run (default: the suite's)")
+    add("--tasks", type=names, metavar="A,B",
+        help="tasks to run: embedded ones, lmms:NAME of lmms-eval, folder:DIR of your own (default: the suite's)")
+    add("--data-root", type=Path, metavar="DIR",
+        help="where data sets lie as on the Hub, DIR/<org>/<name> (default: the Hub, or its cache)")  # fmt: skip
     add("--methods", type=names, metavar="A,B",
         help="methods to compare, `a+b` for two at once, or all (default: the suite's)")  # fmt: skip
     add("--budgets", type=numbers, metavar="X,Y",
         help="decoder prefill FLOPs relative to dense, in (0, 1] (default: the suite's)")  # fmt: skip
+    add("--tokens", type=lambda text: numbers(text, "token budgets"), metavar="N,M",
+        help="budgets as papers state them, beside --budgets: visual tokens, mean over the layers")  # fmt: skip
     add("--model", default="dense-tiny", help="shipped model, folder, or owner/name of the Hub (default: %(default)s)")
     add("--checkpoint", dest="checkpoints", type=method_and_model, action="append", metavar="METHOD=MODEL",
         help="what a trained method runs on (default: the shipped one; visor-tiny for dense-tiny)")  # fmt: skip
@@ -64,8 +54,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", help="float32, bfloat16 or float16 (default: %(default)s)")
     add("--attention", default="sdpa", help="sdpa, eager or flash_attention_2 (default: %(default)s)")
     add("--batch-size", type=int, default=16, help="samples in a batch of the accuracy pass (default: %(default)s)")
+    add("--max-pixels", type=int, default=argparse.SUPPRESS,
+        help="samples with a larger image fail (default: 89478485, where Pillow warns)")  # fmt: skip
     add("--limit", type=int, help="samples of each task, for a quick look (default: the suite's)")
     add("--out", type=Path, help="run folder, new or to be continued (default: runs/<suite>)")
+    add("--generation", type=key_and_value, action="append", metavar="KEY=VALUE",
+        help="a setting of transformers' GenerationConfig, such as num_beams=3 (default: greedy, and nothing that the "
+        "checkpoint asks for; what that is stands in run.json)")  # fmt: skip
+    add("--system", metavar="TEXT", help="a system turn before each question (default: the chat template's own)")
     add("--seed", type=int, default=0, help="for methods that draw at random (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the cells and what they will cost, and run nothing")
     add("--no-timing", dest="timing", action="store_false", help="leave the timing pass out")
@@ -90,183 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; the same command continues where this one stopped")
         return INTERRUPTED
-
-
-def load_model(config: RunConfig) -> Any:
-    """The model of a run.
-
-    Raises:
-        ValueError: the device is not there, or the checkpoint cannot be used.
-    """
-    from visor.inference.loaded_model import LoadedModel
-
-    try:
-        return LoadedModel.load(config.model, device=config.device, dtype=config.dtype, attention=config.attention)
-    except (OSError, ImportError) as error:  # how transformers reports a broken folder, or an absent attention kernel
-        raise ValueError(f"model {config.model!r} cannot be loaded: {error}") from error
-
-
-def execute(
-    config: RunConfig,
-    command: str,
-    *,
-    dry_run: bool = False,
-    report: bool = True,
-    load: Callable[[RunConfig], Any] = load_model,
-) -> int:
-    """Run a configuration.
-
-    Args:
-        command: as it was typed, for run.json.
-        load: makes the model; tests put a small one here.
-
-    Returns:
-        The exit status: 0, or 1 if a cell, a sample or the report failed.
-
-    Raises:
-        ValueError: the request cannot be met; nothing has been run.
-    """
-    from evaluations.records import RunFolder
-    from evaluations.run_file import write_run
-
-    started = time.monotonic()
-    models, planner, plan = _plan(config, load)
-    if dry_run:
-        print(dry_run_table(plan, planner))
-        print(json.dumps({"dry_run": True, "run_folder": str(config.out), "cells": len(plan.all_cells),
-                          "derived": len(plan.derived), "unreachable": list(plan.unreachable)}))  # fmt: skip
-        return OK
-    folder = RunFolder(config.out)
-    with folder.locked():
-        write_run(config, command, folder, plan, models)
-        result, hit_rate = _accuracy(config, folder, plan, planner, models)
-        untimed = _timing(config, folder, plan, planner, models) if config.timing else {}
-        report_path, report_error = make_report(folder) if report else (None, None)
-    failed = result.num_failed_cells + result.num_failed_samples > 0 or bool(untimed) or report_error is not None
-    print(
-        json.dumps(
-            {
-                "run_folder": str(config.out),
-                "report": report_path and str(report_path),
-                "report_error": report_error,
-                "cells": result.num_cells,
-                "failed": result.num_failed_cells,
-                "samples": result.num_samples,
-                "failed_samples": result.num_failed_samples,
-                "unreachable": list(plan.unreachable),
-                "not_timed": untimed,
-                "feature_cache_hit_rate": hit_rate,
-                "seconds": round(time.monotonic() - started, 1),
-            }
-        )
-    )
-    return FAILURES if failed else OK
-
-
-def _plan(config: RunConfig, load: Callable[[RunConfig], Any]) -> tuple[Models, Planner, Plan]:
-    """The models, loaded, and what they will be asked."""
-    from evaluations.cells import Planner, make_plan
-    from evaluations.models import Models
-    from evaluations.records import setting_id
-
-    def load_and_say(each: RunConfig) -> Any:
-        say(f"loading {each.model} on {each.device} ({each.dtype}, {each.attention} attention)")
-        return load(each)
-
-    models = Models.load(config, load_and_say)
-    planner = Planner.of(models, config.dtype)
-    tasks = [_plan_task(entry, config, models) for entry in config.tasks]
-    validates = "per-task" in config.policies and any(each.geometry.visor for each in models.all)
-    validation = [_plan_task(entry, config, models, "validation") for entry in config.tasks] if validates else []
-    plan = make_plan(config, tasks, planner, models, validation)
-    for entry in plan.unreachable:
-        say(f"left out: {setting_id(entry['method'], entry['budget'], entry['policy'])}: {entry['reason']}")
-    return models, planner, plan
-
-
-def _plan_task(entry: Any, config: RunConfig, models: Models, split: str = "test") -> PlannedTask:
-    from budgets.registry import TASKS
-    from evaluations.cells import VALIDATION, plan_task
-
-    say(f"reading {entry.name}" + f", {split} split" * (split != "test"))
-    task = TASKS.get(entry.name)()
-    samples = task.samples(entry.limit) if split == "test" else task.samples(entry.limit, split)
-    name = entry.name + VALIDATION * (split == "validation")
-    return plan_task(name, task, samples, config.batch_size, models.base)
-
-
-def dry_run_table(plan: Plan, planner: Planner) -> str:
-    """The cells with the predicted cost of each, at the longest question of its task."""
-    columns = ("GFLOPs a sample", "of dense", "visual tokens")
-    header = f"{'task':22} {'setting':22} {'samples':>7} {columns[0]:>16} {columns[1]:>9} {columns[2]:>14}  cell"
-    lines = [header, "-" * len(header)]
-    for cell in plan.all_cells:
-        figures = f"{'?':>16} {'?':>9} {'?':>14}"  # no sample of the task could be prepared
-        if cell.setting.derived and cell.setting.policy is not None:
-            figures = f"{'by sample':>16} {'':>9} {'':>14}"
-        elif cell.task.lengths:
-            lengths = cell.task.lengths[-1]
-            schedule = planner.fitted(cell.setting, lengths)[1]
-            cost = planner.cost(schedule, lengths.num_text, cell.setting.model)
-            relative = planner.relative_cost(cell.setting, lengths)
-            figures = f"{cost.decoder_prefill / 1e9:16.3f} {relative:9.1%} {cost.visual_tokens_mean:14.1f}"
-        num_sources = sum(map(len, cell.sources.values()))
-        key = f"derived from {num_sources} cells" if cell.setting.derived else cell.key
-        lines.append(f"{cell.task.name:22} {cell.setting.id:22} {len(cell.task.samples):7} {figures}  {key}")
-    lines.append("GFLOPs: prefill of the decoder layers, 2 x MACs; visual tokens: mean over the layers.")
-    return "\n".join(lines)
-
-
-def _accuracy(
-    config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, models: Models
-) -> tuple[SweepResult, float | None]:
-    from evaluations.features import FeatureCache
-    from evaluations.progress import progress
-    from evaluations.sweep import Sweep
-
-    cache = FeatureCache()
-    sweep = Sweep(models, plan, planner, folder, config.suite.name, cache)
-    states = sweep.pending()
-    total = sum(len(state.cell.task.samples) for state in states.values())
-    done = sum(state.num_resumed for state in states.values())
-    num_done = len(plan.cells) - len(states)
-    if num_done or done:
-        say(f"continuing: {num_done} of {len(plan.cells)} cells are done, {done:,} samples of the others")
-    with progress("accuracy", total, done) as line:
-        result = sweep.run(states, line)
-    say(cache.summary())
-    return result, cache.hit_rate
-
-
-def _timing(config: RunConfig, folder: RunFolder, plan: Plan, planner: Planner, models: Models) -> dict[str, str]:
-    from evaluations.measure import TimingPass
-    from evaluations.progress import progress
-    from evaluations.provenance import load_average
-
-    timing_pass = TimingPass(models, plan, planner, folder, config.suite.timing)
-    pending = timing_pass.pending()
-    total = config.suite.timing.min_runs * sum(map(len, pending.values()))
-    load = load_average()
-    if total and load and load[0] > 1.5:
-        say(f"the load average is {load[0]:.1f}: other work on this machine makes the timings slower and noisier")
-    with progress("timing", total) as line:
-        failed = timing_pass.run(pending, line)
-    if failed:
-        folder.write_run({**folder.read_run(), "not_timed": failed})
-    return failed
-
-
-def make_report(folder: RunFolder) -> tuple[Path | None, str | None]:
-    """The report's path, or why there is none: the records are worth keeping without it."""
-    try:
-        from reports.build import build
-
-        path = build(folder.path)
-    except Exception as error:
-        say(f"the report could not be made: {type(error).__name__}: {error}; try `python -m reports {folder.path}`")
-        return None, f"{type(error).__name__}: {error}"
-    say(f"report: {path}")
-    return path, None
 
 
 if __name__ == "__main__":

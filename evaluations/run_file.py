@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from evaluations.provenance import collect
 from evaluations.records import RunFolder
+from visor.inference.training_facts import read_training
+from visor.vision.image import MAX_PIXELS
 
 if TYPE_CHECKING:
     from evaluations.cells import Plan
@@ -70,8 +73,13 @@ def check_continues(
         ValueError: something else differs; the message says what.
     """
     now = {**config.to_dict(), "checkpoint": checkpoint}
-    before = {**earlier["config"], "checkpoint": earlier["provenance"]["checkpoint"]["sha256"]}
-    must_agree = ("suite", "checkpoint", "device", "dtype", "attention", "batch_size", "limit", "seed")
+    before = {"max_pixels": MAX_PIXELS, **earlier["config"]}  # an option that older runs do not name
+    before["checkpoint"] = earlier["provenance"]["checkpoint"]["sha256"]
+    for name, default in (("generation", []), ("system", None)):  # nor these
+        before.setdefault(name, default)
+        now[name] = json.loads(json.dumps(now[name]))
+    numerics = ("device", "dtype", "attention", "batch_size", "generation", "system")
+    must_agree = ("suite", "checkpoint", *numerics, "limit", "seed", "max_pixels")
     differ = [f"{name} was {before[name]}, now {now[name]}" for name in must_agree if before[name] != now[name]]
     for method, each in earlier["provenance"].get("checkpoints", {}).items():
         if method in others and others[method]["sha256"] != each["sha256"]:
@@ -108,5 +116,7 @@ def _checkpoint(name: str, loaded: Any) -> dict[str, Any]:
         "path": str(loaded.path),
         "sha256": loaded.checkpoint_sha256,
         "trained": card_says_trained(loaded.card),
+        "training": read_training(loaded.path, loaded.card),
         "card": loaded.card,
+        "own_generation": getattr(loaded, "own_generation", {}),  # what the checkpoint asks for, and does not get
     }

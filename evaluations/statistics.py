@@ -194,7 +194,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     if only_a < 0 or only_b < 0:
         raise ValueError(f"counts must be >= 0, got {only_a} and {only_b}")
     total = only_a + only_b
-    return 1.0 if total == 0 else float(min(1.0, 2 * stats.binom.cdf(min(only_a, only_b), total, 0.5)))
+    return 1.0 if total == 0 else float(stats.binomtest(only_a, total, 0.5).pvalue)
 
 
 def sign_flip_test(cluster_differences: Sequence[float], num_resamples: int = 10_000, seed: int = 0) -> float:

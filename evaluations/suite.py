@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
+from budgets.documents import STRICT_KEYS, as_dataclass, read_yaml
 from budgets.registry import check_name
 
 SUITES_FOLDER = Path(__file__).parent / "suites"
@@ -26,6 +26,8 @@ class TimingPlan:
             the prefill's.
         min_runs, min_seconds: a setting is measured until both are reached, but not more than max_runs times.
     """
+
+    __pydantic_config__ = STRICT_KEYS
 
     num_samples: int = 4
     throughput_batch: int = 8
@@ -55,6 +57,8 @@ class TimingPlan:
 class SuiteTask:
     """A task of a suite. `limit` is the number of test samples used, None for all."""
 
+    __pydantic_config__ = STRICT_KEYS
+
     name: str
     limit: int | None = None
 
@@ -66,6 +70,8 @@ class SuiteTask:
 @dataclass(frozen=True)
 class Suite:
     """What a suite file says."""
+
+    __pydantic_config__ = STRICT_KEYS
 
     name: str
     title: str
@@ -99,31 +105,13 @@ def load_suite(name: str) -> Suite:
 
 
 def _parse(path: Path) -> Suite:
-    import yaml
-
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SuiteError(f"{path} cannot be read as YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise SuiteError(f"{path}: a suite is a mapping with {', '.join(f.name for f in fields(Suite))}")
-    known = {field.name for field in fields(Suite)}
-    missing, unknown = sorted(known - {"timing"} - set(data)), sorted(set(data) - known)
-    if missing or unknown:
-        raise SuiteError(f"{path}: missing keys {missing}, unknown keys {unknown}")
-    try:
-        return Suite(
-            name=path.stem,
-            title=str(data["title"]),
-            description=" ".join(str(data["description"]).split()),
-            tasks=tuple(_parse_task(task) for task in data["tasks"]),
-            methods=tuple(data["methods"]),
-            budgets=tuple(float(budget) for budget in data["budgets"]),
-            timing=TimingPlan(**data.get("timing", {})),
-        )
-    except (TypeError, ValueError) as error:
-        raise SuiteError(f"{path}: {error}") from None
-
-
-def _parse_task(entry: Any) -> SuiteTask:
-    return SuiteTask(entry) if isinstance(entry, str) else SuiteTask(**entry)
+        data = read_yaml(path)
+        if not isinstance(data, dict):
+            raise ValueError(f"{path}: a suite is a mapping with {', '.join(f.name for f in fields(Suite))}")
+        if isinstance(data.get("tasks"), list):  # a task without a limit may be a name alone
+            data["tasks"] = [{"name": task} if isinstance(task, str) else task for task in data["tasks"]]
+        suite = as_dataclass(Suite, {**data, "name": path.stem}, str(path))
+    except ValueError as error:
+        raise SuiteError(str(error)) from None
+    return replace(suite, description=" ".join(suite.description.split()))

@@ -8,6 +8,7 @@ unbroken run.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -16,13 +17,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from evaluations.cells import Cell, Lengths, Plan, PlannedTask, Planner, Setting, check_sample, digest
+from evaluations.batches import Lengths, PlannedTask, check_sample
+from evaluations.cells import Cell, Plan
 from evaluations.features import FeatureCache, FeatureKey
-from evaluations.metrics import score
 from evaluations.models import Models, tower_key
 from evaluations.policies import derive_all, manifest_of
 from evaluations.progress import Progress
-from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, SampleRecord, pack_bits
+from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, SampleRecord, digest, pack_bits
+from evaluations.settings import Planner, Setting
+from evaluations.task import prepare_sample
 from visor.reduction.method import tower_reduction
 
 if TYPE_CHECKING:
@@ -82,6 +85,7 @@ class Sweep:
     ) -> None:
         self.models, self.plan, self.planner, self.folder, self.suite = models, plan, planner, folder, suite
         self.cache = cache
+        self.unsaved: dict[str, str] = {}  # why the image of a sample is not among those of the report
         # One look at the tower serves all methods: what any of them wants to see is recorded for all.
         self.taps = frozenset().union(*(setting.method.taps for setting in plan.settings))
 
@@ -120,13 +124,21 @@ class Sweep:
         return self._result(time.monotonic() - started)
 
     def _save_images(self, task: PlannedTask) -> None:
-        """The images that the report's explorer shows: a rule, not a choice."""
+        """The images that the report's explorer shows: a rule, not a choice.
+
+        An image that cannot be saved fails its sample, not the run.
+        """
         for sample in sorted(task.samples, key=lambda sample: sample.sample_id)[:NUM_EXPLORER_SAMPLES]:
             try:
-                check_sample(sample)
+                image = check_sample(sample, self.plan.max_pixels)
             except ValueError:
+                continue  # it fails for the same reason when it is prepared
+            if image is None:
                 continue
-            self.folder.save_image(sample.image_id, sample.image)
+            try:
+                self.folder.save_image(sample.image_id, image)
+            except (OSError, ValueError) as error:  # an id that is no file name, say
+                self.unsaved[sample.sample_id] = f"its image cannot be saved for the report: {describe(error)}"
 
     def _run_task(self, task: PlannedTask, states: list[CellState], progress: Progress) -> None:
         for number, batch in enumerate(task.batches):
@@ -144,8 +156,10 @@ class Sweep:
         inputs = BatchInputs(batch)
         for sample in batch:
             try:
-                check_sample(sample)
-                inputs.prepared[sample.sample_id] = self.models[model].prepare(sample.image, sample.question)
+                check_sample(sample, self.plan.max_pixels)
+                if sample.sample_id in self.unsaved:
+                    raise ValueError(self.unsaved[sample.sample_id])
+                inputs.prepared[sample.sample_id] = prepare_sample(self.models[model], sample)
             except Exception as error:
                 inputs.errors[sample.sample_id] = describe(error)
         return inputs
@@ -187,19 +201,37 @@ class Sweep:
             if cell.setting.method.adaptive:
                 resolved = loaded.resolve(vision, [schedules[i] for i in ids])
                 schedules = dict(zip(ids, resolved, strict=True))
+            for i, one in zip(ids, prepared, strict=True):
+                try:
+                    loaded.check_length(one, schedules[i])
+                except ValueError as error:
+                    errors[i] = describe(error)
+            rows = [row for row, i in enumerate(ids) if i not in errors]
+            ids, prepared, vision = ([items[row] for row in rows] for items in (ids, prepared, vision))
+        if schedules and ids:
             ordered = [schedules[i] for i in ids]
-            answers = loaded.generate(prepared, vision, ordered, cell.task.task.max_new_tokens)
+            stop = cell.task.task.stop_strings
+            limits = {"max_new_tokens": cell.task.task.max_new_tokens, **({"stop_strings": stop} if stop else {})}
+            answers = loaded.generate(prepared, vision, ordered, **limits)
             # What the router says of a sample does not depend on the configuration: it is asked once, with the first.
             asks = cell.setting.configuration == 0 and self._has_router(cell.setting)
             routing = loaded.route(prepared, vision, ordered) if asks else [None] * len(ids)
+            for i, answer, logits in zip(ids, answers, routing, strict=True):
+                if answer.error is not None:
+                    errors[i] = answer.error
+                elif logits is not None and not all(map(math.isfinite, logits)):
+                    errors[i] = f"the router's logits are not finite: {logits}"
             generations = {i: each for i, *each in zip(ids, answers, vision, routing, strict=True)}
         records = []
         for sample in inputs.samples:
             i = sample.sample_id
+            if i not in errors:
+                try:
+                    records.append(self._record(cell, sample, inputs.prepared[i], schedules[i], *generations[i]))
+                except ValueError as error:  # a benchmark's own rules may not know what to make of an answer
+                    errors[i] = describe(error)
             if i in errors:
                 records.append(_failed(sample, errors[i]))
-            else:
-                records.append(self._record(cell, sample, inputs.prepared[i], schedules[i], *generations[i]))
         return records
 
     def _has_router(self, setting: Setting) -> bool:
@@ -212,6 +244,9 @@ class Sweep:
         treatments = [(schedule.image_scale, tower_reduction(schedule)) for schedule in schedules]
         for scale, inside in sorted(set(treatments), key=lambda t: (-t[0], repr(t[1]))):
             places = [i for i, treatment in enumerate(treatments) if treatment == (scale, inside)]
+            places = [i for i in places if prepared[i].image_key is not None]  # a question may come without an image
+            if not places:
+                continue
             images = {prepared[i].image_key: prepared[i] for i in places}
             group = digest(list(images))
             keys = {
@@ -241,11 +276,12 @@ class Sweep:
     ) -> SampleRecord:
         lengths = Lengths(prepared.num_visual, prepared.num_text)
         cost = self.planner.cost(schedule, lengths.num_text, cell.setting.model)
-        grid = vision.grid and [round(side / schedule.image_scale) for side in vision.grid]  # at full size
+        scored = cell.task.task.score(sample, answer.text)
+        grid = vision and vision.grid and [round(side / schedule.image_scale) for side in vision.grid]  # at full size
         return SampleRecord(
             **identity(sample),
             answer=answer.text,
-            score=float(score(cell.task.task.metric, answer.text, sample.references)),
+            score=float(scored.score),
             num_text=lengths.num_text,
             num_visual=lengths.num_visual,
             grid=grid or None,
@@ -259,6 +295,7 @@ class Sweep:
             routing=routing,
             configuration=cell.setting.configuration,
             kept=pack_bits(answer.kept),
+            values=scored.values,
         )
 
     def _finish(self, state: CellState) -> None:

@@ -1,25 +1,60 @@
-"""What a task is: a fixed list of samples of a held-out split, and the metric that scores their answers."""
+"""What a task is: a fixed list of samples of a held-out split, and how their answers are scored.
+
+Most tasks ask a question about an image and name a metric. A benchmark that comes with rules of its own brings a
+conversation of its own (`Sample.messages`), stop strings, a score (`Task.score`) and what it makes of all of them
+(`Task.aggregate`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from PIL import Image
 
+from budgets.registry import TASKS
+from evaluations import metrics
+from visor.vision.image import as_rgb
 from visor.worlds.worlds import scene
+
+if TYPE_CHECKING:
+    from evaluations.records import SampleRecord
 
 Kind = Literal["coarse", "fine-grained", "reasoning"]
 
 
 def image_id_of(image: Image.Image) -> str:
-    """Sixteen hex digits that stand for an image's size and pixels."""
-    pixels = image.convert("RGB")
-    return hashlib.sha256(f"{pixels.size}".encode() + pixels.tobytes()).hexdigest()[:16]
+    """Sixteen hex digits that stand for an image's size and pixels, as a model sees them.
+
+    An image that cannot be read has an id too, of its file or its numbers: its samples are to fail one by one, not to
+    end the list of samples that they stand in.
+    """
+    try:
+        pixels = as_rgb(image)
+        content = f"{pixels.size}".encode() + pixels.tobytes()
+    except ValueError as error:
+        content = f"{error} {image.mode} {image.size}".encode() + _undecoded(image)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _undecoded(image: Image.Image) -> bytes:
+    """The bytes of an image's open file, or of its numbers where they are in memory; empty if there are neither."""
+    file = getattr(image, "fp", None)
+    if file is None or file.closed:
+        try:
+            return image.tobytes() if min(image.size) else b""
+        except Exception:  # its file was closed before it was read
+            return b""
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)  # Pillow goes on where it was
+    return content
 
 
 @dataclass(frozen=True)
@@ -28,12 +63,14 @@ class Sample:
 
     Args:
         task: name of the task it belongs to.
-        image: decoded, in RGB.
+        image: as Pillow opened it; models and the report see it as `visor.vision.image.as_rgb` does.
         question: what the model is asked, word for word.
         references: answers that count as right, at least one.
         image_id: hash of the pixels; questions about one image share it (and its `Image`).
         sample_id: hash of image, question and references.
         difficulty: how many things compete for attention (rows, objects, characters), for breakdowns.
+        messages: the conversation, where it is not one turn with the image and the question
+            (`visor.inference.chat`). It may hold several images or none; `image` is then the first, or None.
     """
 
     task: str
@@ -43,6 +80,7 @@ class Sample:
     image_id: str
     sample_id: str
     difficulty: int = 1
+    messages: tuple[Mapping[str, Any], ...] | None = None
 
     @classmethod
     def make(
@@ -54,15 +92,48 @@ class Sample:
         return cls(task, image, question, tuple(references), image_id, sample_id, difficulty)
 
 
+def prepare_sample(loaded: Any, sample: Sample) -> Any:
+    """A sample, ready for a model (`visor.inference.loaded_model.LoadedModel`)."""
+    if sample.messages is not None:
+        return loaded.prepare_chat(sample.messages)
+    return loaded.prepare(sample.image, sample.question)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a task says of an answer.
+
+    Args:
+        score: from 0 to 1.
+        values: what the task's aggregate is made of, as JSON; None where that is the mean score.
+    """
+
+    score: float
+    values: dict[str, Any] | None = None
+
+
+def open_task(name: str, data_root: Path | None = None) -> Task:
+    """The task of this name.
+
+    Args:
+        data_root: where data sets lie, for tasks that read any.
+
+    Raises:
+        ValueError: no such task, or its data cannot be read.
+    """
+    return TASKS.get(name).open(data_root)
+
+
 class Task(ABC):
     """Base of all tasks; a subclass is registered with `@TASKS.register(name)`.
 
     Class attributes:
         name, title: as registered, and as a reader sees it.
         version: counts up whenever samples or scoring change, so that old records are not mixed with new ones.
-        metric: name in `evaluations.metrics.METRICS`.
+        metric: name in `evaluations.metrics.METRICS`; of a task that scores by itself, what it calls its metric.
         kind: what it asks for; suites group by it.
         max_new_tokens: longest answer, in tokens.
+        stop_strings: an answer ends before the first of them.
         num_samples: how many questions the test split has here, at most.
         splits: what `stream` can yield; a policy that is chosen on data needs "validation".
     """
@@ -73,8 +144,27 @@ class Task(ABC):
     metric: ClassVar[str] = "exact_match"
     kind: ClassVar[Kind]
     max_new_tokens: ClassVar[int] = 8
+    stop_strings: ClassVar[tuple[str, ...]] = ()
     num_samples: ClassVar[int] = 600
     splits: ClassVar[tuple[str, ...]] = ("test",)
+
+    @classmethod
+    def open(cls, data_root: Path | None = None) -> Task:
+        """The task, its data found under `data_root` where it reads any."""
+        return cls()
+
+    def score(self, sample: Sample, answer: str) -> Scored:
+        """What an answer is worth."""
+        return Scored(metrics.score(self.metric, answer, sample.references))
+
+    def aggregate(self, records: Sequence[SampleRecord]) -> dict[str, Any] | None:
+        """What the task makes of the records of a cell beside the mean score, as JSON; None if nothing.
+
+        Returns:
+            "values": numbers by name; "quoted": the one that its paper quotes, as {"name", "value"}; or "error": why
+            there are none.
+        """
+        return None
 
     @abstractmethod
     def stream(self, split: str = "test") -> Iterator[Sample]:

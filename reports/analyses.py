@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Look:
+class ModelAnalyses:
     """How one model uses its visual tokens, by task.
 
     Args:
@@ -32,16 +32,16 @@ class Look:
         return [(task["title"], task[kind]) for task in self.tasks.values() if kind in task]
 
 
-def load_looks(folder: Path) -> list[Look]:
+def load_analyses(folder: Path) -> list[ModelAnalyses]:
     """All analyses of a run folder, by name.
 
     Raises:
         RecordsError: a file is broken or of another schema.
     """
-    looks = []
+    analyses = []
     for path in sorted((folder / "analyses").glob("*.json")):
         data = read_json(path)
         if data.get("schema_version") != SCHEMA_VERSION:
             raise RecordsError(f"{path} has schema {data.get('schema_version')}; this code reads {SCHEMA_VERSION}")
-        looks.append(Look(data["model"], data.get("trained"), data["num_layers"], data["tasks"]))
-    return looks
+        analyses.append(ModelAnalyses(data["model"], data.get("trained"), data["num_layers"], data["tasks"]))
+    return analyses

@@ -20,8 +20,8 @@ from markupsafe import Markup
 from matplotlib.markers import MarkerStyle
 
 from evaluations.records import NUM_EXPLORER_SAMPLES, RunFolder, setting_id, write_bytes_atomically
-from reports import explorer, latex, results, speed, tables
-from reports.analyses import Look, load_looks
+from reports import explorer, latex, results, speed, tables, training
+from reports.analyses import ModelAnalyses, load_analyses
 from reports.comparisons import ALPHA, MARGIN, Analysis, analyse
 from reports.data import Run, load
 from reports.figures_compute import all_figures
@@ -59,8 +59,8 @@ def build(folder: str | Path) -> Path:
     if RunFolder.open(folder).read_run().get("kind") == "speed":
         return speed.build(folder)
     analysis = analyse(load(folder))
-    policy, looks = sections(analysis), load_looks(folder)
-    drawings = all_figures(analysis, policy, looks, watermark(analysis.run))
+    policy, analyses = sections(analysis), load_analyses(folder)
+    drawings = all_figures(analysis, policy, analyses, watermark(analysis.run))
     document = results.results(analysis)
     write_bytes_atomically(folder / "results.json", results.results_json(document).encode())
     write_bytes_atomically(folder / "cells.csv", results.cells_csv(document).encode())
@@ -70,7 +70,7 @@ def build(folder: str | Path) -> Path:
             write_bytes_atomically(folder / "figures" / f"{drawing.name}.{suffix}", content)
     _remove_old_figures(folder, drawings)
     path = folder / "report.html"
-    write_bytes_atomically(path, page(analysis, drawings, document, policy, looks).encode())
+    write_bytes_atomically(path, page(analysis, drawings, document, policy, analyses).encode())
     return path
 
 
@@ -85,10 +85,10 @@ def page(
     drawings: list[Drawing],
     document: dict,
     policy: Sequence[PolicySection] = (),
-    looks: Sequence[Look] = (),
+    analyses: Sequence[ModelAnalyses] = (),
 ) -> str:
     """The HTML, with as many samples a task as fit."""
-    context = {**_context(analysis, drawings, document), **_more(policy, looks)}
+    context = {**_context(analysis, drawings, document), **_more(policy, analyses)}
     template = _environment().get_template("report.html.j2")
     for per_task in (NUM_EXPLORER_SAMPLES, 9, 6, 4, 2, 0):
         share = 1_300_000 // max(1, per_task * len(analysis.run.tasks))  # bytes of a picture; base64 adds a third
@@ -169,11 +169,14 @@ def _context(analysis: Analysis, drawings: list[Drawing], document: dict) -> dic
         "provenance": _optional(run.run.get("provenance")),
         "checkpoint": _optional(run.run.get("provenance", {}).get("checkpoint")),
         "verdict": verdict(analysis),
+        "training": [training.sentence(model) for model in training.models(run)],
+        "training_caveat": training.caveat(run),
         "tiles": tiles(analysis),
         "watermark": watermark(run),
         "figures": {name: (d.title, d.caption, Markup(d.page_svg)) for name, d in figures.items()},
         "methods": list(methods.values()),
         "accuracy_table": tables.accuracy_table(analysis),
+        "benchmark_table": tables.benchmark_table(analysis),
         "cost_table": tables.cost_table(analysis),
         "matrices": tables.matrices(analysis),
         "failures": _failures(analysis),
@@ -195,11 +198,11 @@ def _context(analysis: Analysis, drawings: list[Drawing], document: dict) -> dic
     }
 
 
-def _more(policy: Sequence[PolicySection], looks: Sequence[Look]) -> dict:
+def _more(policy: Sequence[PolicySection], analyses: Sequence[ModelAnalyses]) -> dict:
     """The sections that not every run has, and what others have published."""
     return {
         "policy": [(section, css_name(section.family.method), tables.standings_table(section)) for section in policy],
-        "looks": [(look, css_name(look.model)) for look in looks],
+        "analyses": [(found, css_name(found.model)) for found in analyses],
         "published": PUBLISHED,
     }
 
@@ -210,15 +213,16 @@ def _optional(entries: dict | None) -> dict:
 
 
 def _failures(analysis: Analysis) -> list[tuple[str, str, str]]:
-    """Settings that could not be run, failed cells with their errors, and cells with failed samples."""
+    """Settings that could not be run on this model, failed cells with their errors, and cells with failed samples."""
     titles = {task.name: task.title for task in analysis.run.tasks}
     found = [
         (
             setting_id(entry["method"], entry["budget"], entry.get("policy")),
             "all tasks",
-            f"not run, out of reach: {entry['reason']}",
+            f"not run: {entry['reason']}",
         )
         for entry in analysis.run.run.get("unreachable", [])
+        if entry.get("least") is None  # else its rule does not go so low: a row of the tables says so
     ]
     for setting in analysis.run.settings:
         for task in titles:
@@ -245,9 +249,8 @@ def _lengths(run: Run) -> str:
 def _remove_old_figures(folder: Path, drawings: list[Drawing]) -> None:
     """Figures of an earlier build that this one does not draw would lie beside the report as if they were its own."""
     names = {drawing.name for drawing in drawings}
-    known = (
-        r"pareto|tasks_absolute|tasks_relative|flops_by_part|visual_tokens|layer_flops|policy.*|looks_.*|layer_drop_.*"
-    )
+    known = r"pareto|tasks_absolute|tasks_relative|flops_by_part|visual_tokens|layer_flops|policy.*|layer_drop_.*"
+    known += r"|observations_.*|looks_.*"  # the second as earlier versions called them
     for path in (folder / "figures").glob("*"):
         if path.stem not in names and re.fullmatch(known, path.stem):
             path.unlink()

@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from budgets import pareto
+from budgets.match import budget_label, counts_tokens
 from evaluations import statistics
 from evaluations.noise import spread
 from evaluations.statistics import Comparison, Interval
@@ -167,6 +168,12 @@ def _against_dense(run: Run, compare: _Comparer) -> dict[tuple[str, str], Tested
     return result
 
 
+def budget_title(budget: float) -> str:
+    """What the group of a shared budget is called."""
+    of_what = "visual tokens, mean over the layers" if counts_tokens(budget) else "of dense decoder FLOPs"
+    return f"Budget {budget_label(budget).removesuffix(' tokens')} {of_what}"
+
+
 def _groups(run: Run) -> list[Group]:
     """Budgets that at least two methods share, highest first; then what has a cost of its own; then policies."""
     by_budget, own, policies = defaultdict(list), [], []
@@ -181,8 +188,7 @@ def _groups(run: Run) -> list[Group]:
         if len(members) == 1 and len(by_budget) > 1:
             own += members
         else:
-            title = f"Budget {100 * budget:.3g} % of dense decoder FLOPs"
-            groups.append(Group(f"budget-{budget:g}", title, tuple(members), budget))
+            groups.append(Group(f"budget-{budget:g}", budget_title(budget), tuple(members), budget))
     if own:
         groups.append(Group("own", "Settings at a cost of their own", tuple(own)))
     if policies:
@@ -285,11 +291,15 @@ def _timed(run: Run, setting: Setting) -> dict:
 
 
 def _frontier(run: Run, tables, intervals, costs: dict[str, Costs]) -> dict[str, tuple[bool, float]]:
-    """Exact accuracy-FLOPs frontier of the averages, oracles left out; images are resampled jointly over settings."""
+    """Exact accuracy-FLOPs frontier of the averages; images are resampled jointly over settings.
+
+    Left out are oracles, and the blind control, which nothing can undercut.
+    """
+    is_rival = lambda s: not (s.is_oracle or s.is_blind or s.repeats)
     ids = [
         s.id
         for s in run.settings
-        if (s.id, AVERAGE) in intervals and costs[s.id].flops_relative is not None and not (s.is_oracle or s.repeats)
+        if (s.id, AVERAGE) in intervals and costs[s.id].flops_relative is not None and is_rival(s)
     ]
     if not ids:
         return {}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from budgets.match import budget_label
 from evaluations.records import Manifest, RunFolder, SampleRecord, TimingRecord
 from reports.style import method_rank
 
@@ -62,6 +63,11 @@ class Setting:
         return self.method == "dense"
 
     @property
+    def is_blind(self) -> bool:
+        """True for the control that sees no image: the floor under all methods, never a rival."""
+        return self.method == "blind"
+
+    @property
     def is_policy(self) -> bool:
         """True if it chooses among configurations; a fixed configuration is none."""
         return self.policy not in (None, "fixed")
@@ -100,7 +106,7 @@ class Setting:
             return f"{self.policy}, {'lambda' if self.policy == 'router' else 'threshold'} = {self.value:g}"
         if self.policy is not None:
             return f"{self.policy} policy"
-        return "" if self.budget is None or self.is_dense else f"{100 * self.budget:.3g} %"
+        return "" if self.budget is None or self.is_dense else budget_label(self.budget)
 
     @property
     def label(self) -> str:
@@ -261,7 +267,8 @@ def _samples(folder: RunFolder, shown: dict[tuple[str, str], Manifest]) -> pd.Da
             if record.sample_id not in seen:  # the same question twice in a task is one sample
                 seen.add(record.sample_id)
                 rows.append({"setting_id": setting, "task": task, **_flat(record)})
-    columns = ["setting_id", "task", *SampleRecord.__dataclass_fields__]
+    fields = [name for name in SampleRecord.__dataclass_fields__ if name != "values"]  # the manifest has what they make
+    columns = ["setting_id", "task", *fields]
     frame = pd.DataFrame(rows, columns=[*columns, *(f"flops_{part}" for part in FLOPS_PARTS)])
     for name in ("decoder_flops", "dense_decoder_flops", "kv_bytes", "num_text", "num_visual", "score", "confidence"):
         frame[name] = frame[name].astype(float)
@@ -286,4 +293,4 @@ def _flat(record: SampleRecord) -> dict[str, Any]:
     """A record's fields, and its FLOPs by part as columns of their own."""
     flops = record.flops or {}
     parts = {f"flops_{part}": float(flops[part]) if part in flops else np.nan for part in FLOPS_PARTS}
-    return {**record.to_dict(), **parts}
+    return {**{name: value for name, value in record.to_dict().items() if name != "values"}, **parts}

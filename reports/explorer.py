@@ -18,6 +18,7 @@ from evaluations.records import NUM_EXPLORER_SAMPLES, unpack_bits
 from reports.comparisons import Analysis
 from reports.data import Run, Setting, configuration_name
 from reports.style import signed_minus
+from visor.vision.image import open_image
 
 MAX_SIDE = 336  # pixels of a carried picture
 ANSWER_LENGTH = 240  # longer answers are cut in the report; samples.parquet has them whole
@@ -143,9 +144,8 @@ def picture(run: Run, image_id: str, max_bytes: int) -> tuple[str, int, int] | N
     """Data URI, width and height of a stored image, small enough; None if it is not stored or cannot be read."""
     path = run.folder.image_path(image_id)
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+        image = open_image(path)
+    except ValueError:
         return None
     scale = min(1.0, MAX_SIDE / max(image.size))
     while True:

@@ -19,7 +19,7 @@ from reports import plotting
 from reports.comparisons import MARGIN, Analysis, Costs
 from reports.data import Setting
 from reports.plotting import BAND, INK, LEGEND_INCHES, MUTED, SURFACE, Drawing, plain, series_id
-from reports.style import method_style
+from reports.style import CONTROLS, method_style
 
 WIDTH = 10.6  # inches; the page shows it at its full width
 ROW_INCHES = 0.2  # of a legend
@@ -98,8 +98,8 @@ def _curves(axes, points: list[tuple[Setting, float, Interval, str]], counter: l
         by_method.setdefault(point[0].method, []).append(point)
     # The policies of one method, as those of several would cover one another.
     named = next((p[0].method for p in points if p[0].is_policy), None) if label_policies else None
-    # Random first, accents last, so that what matters lies on top.
-    for method in sorted(by_method, key=lambda m: (method_style(m).weight, m != "random")):
+    # Controls first, accents last, so that what matters lies on top.
+    for method in sorted(by_method, key=lambda m: (method_style(m).weight, m not in CONTROLS)):
         look = method_style(method)
         fixed = sorted((p for p in by_method[method] if not p[0].is_policy), key=lambda p: p[1])
         if len(fixed) > 1:
@@ -245,7 +245,7 @@ def pareto_figure(analysis: Analysis, watermark: str) -> Drawing | None:
             continue
         if dense:
             dense_band(axes, dense)
-        rivals = [p for p in points if not p[0].is_oracle] or points
+        rivals = [p for p in points if not (p[0].is_oracle or p[0].is_blind)] or points
         x, y = np.array([p[1] for p in rivals]), np.array([p[2].estimate for p in rivals])
         _frontier_step(axes, x, y)
         _curves(axes, points, counter, label_policies=title == "Decoder FLOPs")

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from reports import plotting
-from reports.analyses import Look
+from reports.analyses import ModelAnalyses
 from reports.figures import WIDTH, layout
 from reports.plotting import GRID, INK, MUTED, SURFACE, Drawing, plain
 from reports.style import PALETTE, css_name, method_style
@@ -21,9 +21,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 KINDS = {"coarse": "part3", "fine-grained": "part1", "reasoning": "part4"}
 
 
-def looking_figure(look: Look, watermark: str) -> Drawing | None:
+def observation_figure(found: ModelAnalyses, watermark: str) -> Drawing | None:
     """Text-to-image attention mass and CKA to the first layer, one line a task."""
-    if not look.having("attention") and not look.having("cka"):
+    if not found.having("attention") and not found.having("cka"):
         return None
     figure = plotting.new_figure(WIDTH, 3.3)
     panels = figure.subplots(1, 3)
@@ -38,7 +38,7 @@ def looking_figure(look: Look, watermark: str) -> Drawing | None:
         axes.set_xlabel("decoder layer")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for number, task in enumerate(look.tasks.values()):
+        for number, task in enumerate(found.tasks.values()):
             if kind not in task or rows not in task[kind]:
                 continue
             values = task[kind][rows]
@@ -55,17 +55,19 @@ def looking_figure(look: Look, watermark: str) -> Drawing | None:
     figure.legend(handles=list(handles.values()), loc="upper center", ncols=min(8, len(handles)))
     layout(figure, top=0.72, bottom=0.5, wspace=0.28, legend=False)
     caption = (
-        f"{look.model}, run densely. Left and middle: share of its attention that the text after the image, and the "
+        f"{found.model}, run densely. Left and middle: share of its attention that the text after the image, and the "
         "last prompt token, pay to visual tokens, mean over heads. Right: similarity of the visual tokens after each "
         "layer to those after the first one; 1 is unchanged up to rotation and scale. Bands: 95 % bootstrap intervals "
         "over images. Tints: coarse, fine-grained and reasoning tasks."
     )
-    return plotting.finish(figure, f"looks_{css_name(look.model)}", "How the model looks", caption, watermark, 0.0)
+    return plotting.finish(
+        figure, f"observations_{css_name(found.model)}", "Use of visual tokens, by layer", caption, watermark, 0.0
+    )
 
 
-def layer_drop_figure(look: Look, watermark: str) -> Drawing | None:
+def layer_drop_figure(found: ModelAnalyses, watermark: str) -> Drawing | None:
     """What a task loses when one layer loses the image: one panel a task."""
-    tasks = look.having("layer-drop")
+    tasks = found.having("layer-drop")
     if not tasks:
         return None
     columns = min(4, max(3, len(tasks)))
@@ -101,9 +103,10 @@ def layer_drop_figure(look: Look, watermark: str) -> Drawing | None:
         axes.set_xlabel("layer without the image")
     layout(figure, top=0.48, bottom=0.45, wspace=0.1, hspace=0.62, legend=False)
     caption = (
-        f"{look.model}: change of the score when text and image are kept apart in one layer, against dense on the same "
-        "samples. Bars: 95 % intervals, clustered by image. Filled: significant at 0.05 after Holm's correction over "
-        "the layers of the task."
+        f"{found.model}: change of the score when text and image are kept apart in one layer, against dense on the "
+        "same samples. Bars: 95 % intervals, clustered by image. Filled: significant at 0.05 after Holm's correction "
+        "over the layers of the task."
     )
-    return plotting.finish(figure, f"layer_drop_{css_name(look.model)}", "Layers without the image", caption, watermark,
-                           0.0)  # fmt: skip
+    return plotting.finish(
+        figure, f"layer_drop_{css_name(found.model)}", "Layers without the image", caption, watermark, 0.0
+    )

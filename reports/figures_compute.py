@@ -12,11 +12,11 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from reports import plotting
-from reports.analyses import Look
+from reports.analyses import ModelAnalyses
 from reports.comparisons import Analysis, Group
 from reports.data import FLOPS_PARTS, Setting
 from reports.figures import WIDTH, layout, legend, pareto_figure, tasks_absolute, tasks_relative
-from reports.figures_analyses import layer_drop_figure, looking_figure
+from reports.figures_analyses import layer_drop_figure, observation_figure
 from reports.figures_policy import policy_choices, policy_curve
 from reports.plotting import INK, LEGEND_INCHES, SURFACE, Drawing, plain, series_id
 from reports.policy import PolicySection
@@ -49,13 +49,16 @@ PART_FILLS = {  # tints of one hue: method colours mean methods only
 
 
 def all_figures(
-    analysis: Analysis, policy: Sequence[PolicySection] = (), looks: Sequence[Look] = (), watermark: str = ""
+    analysis: Analysis,
+    policy: Sequence[PolicySection] = (),
+    analyses: Sequence[ModelAnalyses] = (),
+    watermark: str = "",
 ) -> list[Drawing]:
     """Every figure for which the run has data, in the report's order.
 
     Args:
         policy: the methods with configurations.
-        looks: the models whose use of visual tokens was analysed.
+        analyses: the models whose use of visual tokens was analysed.
     """
     makers: list[Callable[[Analysis, str], Drawing | None]] = [
         pareto_figure, tasks_absolute, tasks_relative, flops_by_part, layer_flops, visual_tokens,
@@ -64,8 +67,8 @@ def all_figures(
         drawings = [maker(analysis, watermark) for maker in makers]
         for section in policy:
             drawings += [policy_curve(analysis, section, watermark), policy_choices(section, watermark)]
-        for look in looks:
-            drawings += [looking_figure(look, watermark), layer_drop_figure(look, watermark)]
+        for found in analyses:
+            drawings += [observation_figure(found, watermark), layer_drop_figure(found, watermark)]
     return [drawing for drawing in drawings if drawing is not None]
 
 

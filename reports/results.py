@@ -17,6 +17,7 @@ import pandas as pd
 
 from evaluations.records import write_bytes_atomically
 from evaluations.statistics import Interval
+from reports import training
 from reports.comparisons import AVERAGE, Analysis, Costs
 from reports.data import FLOPS_PARTS, Setting
 
@@ -41,6 +42,8 @@ def results(analysis: Analysis) -> dict[str, Any]:
         "suite": analysis.run.run.get("suite", {}).get("name"),
         "limit": analysis.run.limit,
         "untrained_weights": analysis.run.untrained,
+        "training": [training.sentence(model) for model in training.models(analysis.run)],
+        "training_caveat": " ".join(training.caveat(analysis.run) or ()) or None,
         "notes": NOTES,
         "provenance": analysis.run.run.get("provenance", {}),
         "cells": [_cell(analysis, s, task) for s in analysis.run.settings for task in (*_tasks(analysis), AVERAGE)],
@@ -120,6 +123,8 @@ def _cell(analysis: Analysis, setting: Setting, task: str) -> dict[str, Any]:
         "status": status,
         "error": error,
     }
+    if aggregate := getattr(run.manifests.get((setting.id, task)), "aggregate", None):
+        cell["aggregate"] = aggregate  # of a benchmark that has its own
     cell["not_measured"] = _reasons(cell, costs, setting)
     return cell
 
@@ -144,12 +149,15 @@ def cells_csv(document: dict[str, Any]) -> str:
     """The cells as a table; an empty field was not measured, and the last column says why."""
     cells = document["cells"]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(cells[0]), lineterminator="\n")
+    names = [name for name in cells[0] if name not in ("aggregate", "not_measured")]
+    aggregated = ["aggregate"] * any("aggregate" in cell for cell in cells)  # a benchmark's own figures, as JSON
+    writer = csv.DictWriter(buffer, [*names, *aggregated, "not_measured"], restval="", lineterminator="\n")
     writer.writeheader()
     for cell in cells:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in cell["not_measured"].items())
         params = json.dumps(cell["params"], sort_keys=True)
-        writer.writerow({**cell, "params": params, "not_measured": reasons})
+        aggregate = {"aggregate": json.dumps(cell["aggregate"], sort_keys=True)} if "aggregate" in cell else {}
+        writer.writerow({**cell, "params": params, **aggregate, "not_measured": reasons})
     return buffer.getvalue()
 
 

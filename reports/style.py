@@ -75,7 +75,9 @@ KNOWN = {
     "flowcut": MethodStyle("green", "s"),
     "tome": MethodStyle("purple", "<"),
     "random": MethodStyle("grey", "X"),
+    "blind": MethodStyle("grey", "d"),
 }
+CONTROLS = ("random", "blind")  # what a method must beat, and what the text alone gives: last in tables and legends
 _ORDER = list(KNOWN)
 _SPARE_COLOURS = ("sky", "yellow", "purple", "green", "orange", "blue")
 _SPARE_MARKERS = (">", "<", "d", "8", "H", "*")
@@ -97,8 +99,10 @@ def method_style(method: str) -> MethodStyle:
 
 
 def method_rank(method: str) -> int:
-    """Place in tables and legends: dense, VISOR, known methods, others, random last."""
-    return _ORDER.index(method) if method in KNOWN and method != "random" else 10**6 if method == "random" else 10**5
+    """Place in tables and legends: dense, VISOR, known methods, others, controls last."""
+    if method in CONTROLS:
+        return 10**6 + CONTROLS.index(method)
+    return _ORDER.index(method) if method in KNOWN else 10**5
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -6,12 +6,17 @@ the cell where they do not. Best is marked by weight and a star, "not significan
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from budgets.match import counts_tokens
+from budgets.registry import METHODS
 from evaluations.noise import NOISY
+from evaluations.records import setting_id
 from evaluations.statistics import Comparison, Interval
-from reports.comparisons import ALPHA, AVERAGE, Analysis, Tested
-from reports.data import Setting
+from reports.comparisons import ALPHA, AVERAGE, Analysis, Tested, budget_title
+from reports.data import Setting, TaskInfo
 from reports.policy import PolicySection
 from reports.results import why_missing
 from reports.style import flops, p_value, percent, points, significant, size
@@ -87,12 +92,36 @@ class Table:
 
 
 def _grouped(analysis: Analysis, columns: list[Column], make) -> Table:
-    """Dense first, then the comparison groups; `make(setting)` gives a row's cells."""
+    """Dense first, then the comparison groups; `make(setting)` gives a row's cells. The first column is of FLOPs."""
     groups = []
     if analysis.run.dense:
         groups.append(RowGroup("Reference", [Row(analysis.run.dense, make(analysis.run.dense))]))
     groups += [RowGroup(g.title, [Row(s, make(s)) for s in g.settings]) for g in analysis.groups]
+    by_title = {group.title: group for group in groups}
+    for entry in analysis.run.run.get("unreachable", []):
+        if entry.get("least") is None or entry["budget"] is None:
+            continue
+        title = budget_title(entry["budget"])
+        if title not in by_title:
+            by_title[title] = RowGroup(title, [])
+            groups.append(by_title[title])
+        by_title[title].rows.append(_out_of_reach(analysis, entry, len(columns)))
     return Table(columns, groups)
+
+
+def _out_of_reach(analysis: Analysis, entry: dict[str, Any], num_columns: int) -> Row:
+    """The row of a budget that a method's rule does not go down to: no failure, and nothing measured."""
+    method, budget = entry["method"], entry["budget"]
+    setting = next((s for s in analysis.run.settings if s.method == method and s.budget is not None), None)
+    title = setting.title if setting else METHODS.get(method).title if method in METHODS else method
+    # "at least" must not be rounded down, in either unit of a budget.
+    in_tokens = counts_tokens(budget)
+    scale, unit = (1, "tokens") if in_tokens else (100, "%")
+    least = f"{math.ceil(10 * scale * entry['least']) / 10:g} {unit}"
+    reach = TableCell(f"reaches {least}", "at least", tone="quiet", note=entry["reason"])
+    trained = setting is not None and setting.trained
+    absent = Setting(setting_id(method, budget, None), method, title, budget, None, trained)
+    return Row(absent, [reach] + [TableCell("\u2013", tone="quiet", note=entry["reason"])] * (num_columns - 1))
 
 
 def missing(analysis: Analysis, setting: Setting, task: str) -> TableCell:
@@ -158,13 +187,37 @@ def accuracy_table(analysis: Analysis) -> Table:
             on, probability = analysis.frontier[setting.id]
             words = "\u25cf on it" if on else "\u25cb dominated"
             row.append(TableCell(f"{probability:.2f}", words, probability, tone="on" if on else "off"))
-        elif setting.is_oracle or setting.repeats and analysis.average(setting):
-            row.append(TableCell("bound" if setting.is_oracle else "as its configuration", tone="quiet"))
+        elif setting.is_oracle or (setting.is_blind or setting.repeats) and analysis.average(setting):
+            words = "bound" if setting.is_oracle else "floor" if setting.is_blind else "as its configuration"
+            row.append(TableCell(words, tone="quiet"))
         else:
             row.append(missing(analysis, setting, AVERAGE))
         return row
 
     return _grouped(analysis, columns, cells)
+
+
+def benchmark_table(analysis: Analysis) -> Table | None:
+    """What the benchmarks' own aggregation makes of the answers: the figures that papers quote. None without any."""
+    run = analysis.run
+    figure = lambda setting, task: getattr(run.manifests.get((setting.id, task.name)), "aggregate", None) or {}
+    tasks = [task for task in run.tasks if any(figure(setting, task) for setting in run.settings)]
+    if not tasks:
+        return None
+    quoted = lambda task: next((f["quoted"]["name"] for s in run.settings if "quoted" in (f := figure(s, task))), "")
+
+    def cell(setting: Setting, task: TaskInfo) -> TableCell:
+        own = figure(setting, task)
+        if "quoted" not in own:
+            if not own:
+                return missing(analysis, setting, task.name)
+            return TableCell("none", tone="missing", note=own.get("error", "papers quote no one figure of it"))
+        guesses = own.get("guesses", 0)
+        sub = f"{guesses:,} guessed" if guesses else ""
+        return TableCell(f"{own['quoted']['value']:.1f}", sub, own["quoted"]["value"])
+
+    columns = [Column(task.title, quoted(task)) for task in tasks]
+    return _grouped(analysis, columns, lambda setting: [cell(setting, task) for task in tasks])
 
 
 def _median(interval: Interval | None, reason: str, noise: float = 0.0) -> TableCell:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from budgets.match import budget_label
 from evaluations.statistics import Interval
 from reports.comparisons import AVERAGE, MARGIN, Analysis
 from reports.data import Setting
@@ -31,8 +32,8 @@ def _within(analysis: Analysis) -> list[Setting]:
     for setting in analysis.run.settings:
         tested = analysis.against_dense.get((setting.id, AVERAGE))
         cost = analysis.costs[setting.id].flops_relative
-        oracle = setting.is_oracle  # it knows the answers: a bound, not a method
-        shown = not oracle and not setting.repeats and not setting.is_swept
+        bound = setting.is_oracle or setting.is_blind  # one knows the answers, the other sees no image: no method
+        shown = not bound and not setting.repeats and not setting.is_swept
         if tested and cost is not None and cost < 1 and shown and tested.verdict in ("within", "better"):
             good.append((cost, setting.id, setting))
     return [setting for _, _, setting in sorted(good, key=lambda each: each[:2])]
@@ -82,7 +83,7 @@ def verdict(analysis: Analysis) -> str:
             f"({_difference(analysis, best)})."
         )
     else:
-        candidates = [s for s in tested if not s.is_oracle and not s.is_swept] or tested
+        candidates = [s for s in tested if not (s.is_oracle or s.is_blind or s.is_swept)] or tested
         best = max(candidates, key=lambda s: (analysis.against_dense[s.id, AVERAGE].comparison.difference, s.id))
         first = f"No setting is shown to be within {100 * MARGIN:g} point of dense on {tasks}."
         if analysis.costs[best.id].flops_relative is not None:
@@ -107,7 +108,7 @@ def _second(analysis: Analysis, named: Setting) -> str:
     rivals = [s.title for s in group.settings if analysis.marks.get((s.id, AVERAGE)) == "tied"]
     tie = f" (not significantly different: {', '.join(rivals)})" if rivals else ""
     score = _score(analysis.average(winner))
-    return f" At a budget of {100 * group.budget:.3g} % the best is {winner.title} with {score}{gap}{tie}."
+    return f" At a budget of {budget_label(group.budget)} the best is {winner.title} with {score}{gap}{tie}."
 
 
 def _score(interval: Interval) -> str:
@@ -150,7 +151,7 @@ def tiles(analysis: Analysis) -> list[Tile]:
             i = analysis.average(winner)
             result.append(
                 Tile(
-                    f"Best at {100 * shared[-1].budget:.3g} % of FLOPs",
+                    f"Best at {budget_label(shared[-1].budget)}" + " of FLOPs" * (shared[-1].budget <= 1),
                     percent(i.estimate),
                     "% average score",
                     f"{winner.title}: 95\u00a0% CI {percent(i.low)} to {percent(i.high)}, "

@@ -4,6 +4,7 @@ Importing this package is cheap; torch and transformers are imported by the modu
 models known to transformers' Auto classes.
 """
 
+import budgets  # noqa: F401  refuses an old Python
 from visor.model.registration import register
 
 register()

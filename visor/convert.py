@@ -73,11 +73,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from visor.inference import checkpoint
+    from visor.inference.loading import without_bars
     from visor.model.conversion import convert
 
     folder = checkpoint.resolve(options.base)
     checkpoint.verify_weights(folder)
-    base = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
+    with without_bars():
+        base = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", local_files_only=True)
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     base.config.name_or_path = folder.name  # a path would say more about this machine than about the base
     torch.manual_seed(options.seed)

@@ -15,6 +15,6 @@ class Charts(SyntheticTask):
     name: ClassVar[str] = "charts"
     title: ClassVar[str] = "Charts"
     metric: ClassVar[str] = "relaxed_accuracy"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     kind: ClassVar[Kind] = "fine-grained"
     world: ClassVar[str] = "charts"

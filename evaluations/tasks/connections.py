@@ -15,6 +15,6 @@ class Connections(SyntheticTask):
     name: ClassVar[str] = "connections"
     title: ClassVar[str] = "Connections"
     metric: ClassVar[str] = "exact_match"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     kind: ClassVar[Kind] = "reasoning"
     world: ClassVar[str] = "connections"

@@ -19,6 +19,7 @@ class Counting(SyntheticTask):
     name: ClassVar[str] = "counting"
     title: ClassVar[str] = "Counting"
     metric: ClassVar[str] = "exact_match"
+    version: ClassVar[int] = 2
     kind: ClassVar[Kind] = "reasoning"
     world: ClassVar[str] = "scenes"
     skills: ClassVar[frozenset[str]] = frozenset({"scenes/count"})

@@ -15,6 +15,6 @@ class Digits(SyntheticTask):
     name: ClassVar[str] = "digits"
     title: ClassVar[str] = "Handwritten digits"
     metric: ClassVar[str] = "exact_match"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     kind: ClassVar[Kind] = "fine-grained"
     world: ClassVar[str] = "digits"

@@ -17,6 +17,7 @@ class EasyVQA(Task):
     name: ClassVar[str] = "easy_vqa"
     title: ClassVar[str] = "easy-VQA"
     metric: ClassVar[str] = "vqa_accuracy"
+    version: ClassVar[int] = 2
     kind: ClassVar[Kind] = "coarse"
     splits: ClassVar[tuple[str, ...]] = ("validation", "test")
 

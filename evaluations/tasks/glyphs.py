@@ -20,4 +20,4 @@ class Glyphs(SyntheticTask):
     metric: ClassVar[str] = "exact_match"
     kind: ClassVar[Kind] = "fine-grained"
     world: ClassVar[str] = "glyphs"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3

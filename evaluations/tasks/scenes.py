@@ -15,7 +15,7 @@ class Scenes(SyntheticTask):
     name: ClassVar[str] = "scenes"
     title: ClassVar[str] = "Scenes"
     metric: ClassVar[str] = "vqa_accuracy"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     kind: ClassVar[Kind] = "coarse"
     world: ClassVar[str] = "scenes"
     skills: ClassVar[frozenset[str]] = frozenset({"scenes/color", "scenes/shape", "scenes/present"})

@@ -90,6 +90,46 @@ def configs() -> dict[str, Callable]:
             vision_config={"depth": 3, "hidden_size": 32, "intermediate_size": 72, "num_heads": 4,
                            "out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
         ),
+        "tiny-qwen2-vl": lambda: hf.Qwen2VLConfig(
+            text_config=text("qwen2_vl_text", bos_token_id=1, eos_token_id=2,
+                             rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+            vision_config={"depth": 3, "embed_dim": 32, "mlp_ratio": 3, "num_heads": 4, "hidden_size": 64},
+        ),
+        "tiny-glm4v": lambda: hf.Glm4vConfig(
+            text_config=text("glm4v_text", rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5,
+                                                            "mrope_section": [1, 1, 2]}),
+            vision_config={"depth": 3, "hidden_size": 32, "intermediate_size": 72, "num_heads": 4,
+                           "out_hidden_size": 64, "image_size": 112},
+        ),
+        "tiny-vipllava": lambda: hf.VipLlavaConfig(
+            vision_config=clip(), text_config=text("llama"), vision_feature_layer=[-2, 1]
+        ),
+        "tiny-pixtral": lambda: hf.LlavaConfig(
+            vision_config=clip(model_type="pixtral"), text_config=text("mistral"), vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        "tiny-mistral3": lambda: hf.Mistral3Config(
+            vision_config=clip(model_type="pixtral"), text_config=text("mistral")
+        ),
+        "tiny-ovis2": lambda: hf.Ovis2Config(
+            vision_config=clip(model_type="ovis2_vision", vocab_size=40, hidden_stride=2), text_config=text("qwen2"),
+            hidden_size=64, vocab_size=300, visual_indicator_token_ids=[294, 295, 296, 297, 298],
+        ),
+        "tiny-gemma3": lambda: hf.Gemma3Config(
+            vision_config=clip(model_type="siglip_vision_model"), text_config=text("gemma3_text", head_dim=16),
+            mm_tokens_per_image=4,
+        ),
+        "tiny-aya-vision": lambda: hf.AyaVisionConfig(
+            vision_config=clip(model_type="siglip_vision_model", vision_use_head=False),
+            text_config=text("cohere2", head_dim=16),
+        ),
+        "tiny-qwen3-vl-moe": lambda: hf.Qwen3VLMoeConfig(
+            text_config=text("qwen3_vl_moe_text", head_dim=16, num_experts=4, num_experts_per_tok=2,
+                             moe_intermediate_size=48, mlp_only_layers=[1], bos_token_id=1, eos_token_id=2,
+                             rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+            vision_config={"depth": 3, "hidden_size": 32, "intermediate_size": 72, "num_heads": 4,
+                           "out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+        ),
         "llava-1.5-7b": lambda: hf.LlavaConfig(vision_config=clip_large, text_config=vicuna),
         "llava-1.5-13b": lambda: hf.LlavaConfig(
             vision_config=clip_large,
@@ -113,6 +153,12 @@ def configs() -> dict[str, Callable]:
                          "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
                          "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
             vision_config={"hidden_size": 1280, "out_hidden_size": 2048},
+        ),
+        "qwen2-vl-7b": lambda: hf.Qwen2VLConfig(
+            text_config={"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                         "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+                         "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+            vision_config={"hidden_size": 3584},
         ),
         "qwen3-vl-4b": lambda: hf.Qwen3VLConfig(
             text_config={"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,

@@ -11,6 +11,7 @@ from transformers import (
 from budgets.costs import price
 from budgets.geometry import from_config
 from budgets.registry import METHODS
+from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import install, running
 from visor.families.base import adapter_for
 from visor.vision.features import VisionFeatures, run_tower
@@ -32,6 +33,7 @@ SETTINGS = {
     "sparsevlm": {"tokens": 6},
     "sparsevlm-without-recycling": {"tokens": 6, "recycle": False, "positions": "kept"},
     "vtw": {},
+    "blind": {},
     "visor": {},
     "visor-no-self": {"self_layers": 0},
     "visor-text-only": {"self_layers": 0, "cross_layers": 0},
@@ -80,11 +82,11 @@ def test_schedules_of_the_engine(model_of, count, name, setting):
     def prefill():
         output = decoder(inputs_embeds=embeddings, use_cache=True)
         model.lm_head(output.last_hidden_state[:, -1:])
-        held["cache"] = output.past_key_values
+        held["cache"] = cache_of(output)
 
     def decode():
         for _ in range(new_tokens - 1):
-            output = decoder(inputs_embeds=embeddings[:, :1], past_key_values=held["cache"], use_cache=True)
+            output = decoder(inputs_embeds=embeddings[:, :1], **{CACHE: held["cache"]}, use_cache=True)
             model.lm_head(output.last_hidden_state)
 
     def bytes_held():

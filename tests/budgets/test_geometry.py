@@ -12,8 +12,8 @@ from budgets.registry import UnknownNameError
 
 @pytest.mark.parametrize(
     "name",
-    ["llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-onevision-0.5b", "llava-onevision-7b", "qwen2.5-vl-3b",
-     "qwen3-vl-4b", "internvl3-1b", "smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b"],
+    ["llava-1.5-7b", "llava-1.5-13b", "llava-next-7b", "llava-onevision-0.5b", "llava-onevision-7b", "qwen2-vl-7b",
+     "qwen2.5-vl-3b", "qwen3-vl-4b", "internvl3-1b", "smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b"],
 )  # fmt: skip
 def test_presets_are_the_published_configs(configs, name):
     assert from_config(configs[name](), name=name) == preset(name)
@@ -31,7 +31,10 @@ def test_defaults_are_those_of_transformers():
             config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads,
             config.num_key_value_heads, getattr(config, "head_dim", None) or width // heads, config.vocab_size,
         ), kind  # fmt: skip
+    known = AutoConfig.for_model.__globals__["CONFIG_MAPPING"]  # newer towers are missing in older versions
     for kind, defaults in VISION_DEFAULTS.items():
+        if kind not in known:
+            continue
         config = AutoConfig.for_model(kind)
         sides = [side[0] if isinstance(side, tuple) else side for side in (config.image_size, config.patch_size)]
         assert defaults == (
@@ -93,7 +96,7 @@ def test_load(tmp_path, configs):
         ({"model_type": "gpt_neo"}, "has no 'num_hidden_layers'"),
         ({"model_type": "blip", "vision_config": {}, "text_config": {"model_type": "llama"}}, None),
         ({"model_type": "blip", "vision_config": {"a": 1}, "text_config": {"model_type": "llama"}}, "not priced"),
-        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "'pixtral' is not priced"),
+        ({"model_type": "llava_next", "vision_config": {"model_type": "pixtral"}}, "'pixtral' is not priced"),
         ({"model_type": "llava", "vision_config": {"model_type": "siglip_vision_model"}}, "without CLS"),
         ({"model_type": "llama", "num_key_value_heads": 5}, "no multiple of num_kv_heads=5"),
     ],

@@ -28,7 +28,7 @@ def test_what_is_large_or_cannot_be_had_is_said():
 
 def test_scoring_is_free_where_nothing_is_scored():
     table = {row["method"]: row for row in rows(preset("llava-1.5-7b"), 576, 64, 0.5)}
-    for name in ("dense", "random", "pooling", "downsample", "vtw", "visor"):
+    for name in ("dense", "random", "pooling", "downsample", "vtw", "blind", "visor"):
         assert table[name]["scoring_flops"] == 0
     assert table["tome"]["tower_relative_to_dense"] < 1 and table["random"]["tower_relative_to_dense"] == 1
 

@@ -77,3 +77,11 @@ def test_the_projects_registries_name_their_packages():
     assert {r.package for r in (METHODS, FAMILIES, TASKS)} == {"visor.reduction", "visor.families", "evaluations.tasks"}
     assert {"llava", "llava_onevision"} <= set(FAMILIES.names())
     assert {"dense", "fastv"} <= set(METHODS.names())
+
+
+def test_a_scheme_makes_what_stands_behind_its_colon():
+    made = Registry("thing", "budgets", "no.such.group", schemes={"file": "pathlib:Path"})
+    assert str(made.get("file:a:b")) == "a:b" and "file:anything" in made
+    assert "other:a" not in made
+    with pytest.raises(UnknownNameError):
+        made.get("other:a")

@@ -24,6 +24,7 @@ from budgets.registry import TASKS
 from budgets.schedule import LayerMode
 from evaluations.config import RunConfig
 from evaluations.suite import Suite, SuiteTask, TimingPlan
+from evaluations.task import Task
 
 TOWER = VisionGeometry(2, 32, 64, 2, 4, 48, ((32, 64), (64, 64)))
 GEOMETRY = ModelGeometry("fake", 12, 64, 128, 4, 2, 16, 100, TOWER)
@@ -45,10 +46,13 @@ class FakeSample:
     image_id: str
     sample_id: str
     difficulty: int = 1
+    messages: None = None
 
 
 class BrokenImage:
     """What Pillow gives for a damaged file: an image until its pixels are asked for."""
+
+    size, mode = (8, 8), "RGB"
 
     def load(self):
         raise OSError("image file is truncated")
@@ -67,10 +71,11 @@ def make_task(name: str, num_samples: int = 10, questions_an_image: int = 2, max
 
     return type(
         name,
-        (),
+        (Task,),
         {
             "name": name, "title": name.title(), "version": 1, "metric": "exact_match", "kind": "coarse",
-            "max_new_tokens": max_new_tokens, "samples": samples, "__module__": "fakes", "__qualname__": name,
+            "max_new_tokens": max_new_tokens, "samples": samples, "stream": None, "__module__": "fakes",
+            "__qualname__": name,
         },
     )  # fmt: skip
 
@@ -100,11 +105,17 @@ class FakeModel:
         self.encoded: list[tuple[str, float]] = []
         self.generated = 0
         self.fails_on = lambda schedule: False
+        self.faults: dict[str, str] = {}  # by question, why there is no answer
+        self.context_length = 10**6
 
     def check(self, schedules):
         for schedule in schedules:
             if schedule.layers_in(LayerMode.CROSS) and self.geometry.visor is None:
                 raise ValueError("this model has no trained cross-attention blocks")
+
+    def check_length(self, prepared, schedule):
+        if prepared.num_text + schedule.decoder_visual > self.context_length:
+            raise ValueError(f"the prompt has more than {self.context_length} tokens")
 
     def prepare(self, image, question):
         image.load()
@@ -133,6 +144,7 @@ class FakeModel:
             token_ids=(1,),
             confidence=int(hashed(batch, i)[8:12], 16) / 0xFFFF,
             kept=[j < s.decoder_visual for j in range(NUM_VISUAL)],
+            error=self.faults.get(prepared[i].question),
         )
         return [answer(i, schedule) for i, schedule in enumerate(schedules)]
 
@@ -170,7 +182,7 @@ def make_config(
 
 
 if __name__ == "__main__":
-    from evaluations.run import execute
+    from evaluations.job import execute
 
     with fake_tasks():
         config = make_config(Path(sys.argv[1]), methods=sys.argv[3].split(","))

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 
 
 @pytest.fixture
-def looks(monkeypatch):
+def analyses(monkeypatch):
     """The two observations that need a real model, replaced; the layers without the image run on the fake one."""
     from visor.analysis.attention import AttentionMass
     from visor.analysis.cka import LayerSimilarity
@@ -49,7 +49,7 @@ def document(tmp_path):
     return json.loads(analysis_path(tmp_path / "run", str(tmp_path / "model")).read_text())
 
 
-def test_every_task_gets_every_analysis(tmp_path, looks, capsys):
+def test_every_task_gets_every_analysis(tmp_path, analyses, capsys):
     status, model = run(tmp_path)
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert status == 0 and last["failed"] == {} and last["analyses"].endswith(".json")
@@ -67,11 +67,11 @@ def test_every_task_gets_every_analysis(tmp_path, looks, capsys):
         assert layer["difference_low"] <= layer["difference"] <= layer["difference_high"]
 
 
-def test_it_continues_and_refuses_another_model(tmp_path, looks, capsys):
+def test_it_continues_and_refuses_another_model(tmp_path, analyses, capsys):
     run(tmp_path, "--only", "attention", "--tasks", "fake_a")
-    assert len(looks) == 8
+    assert len(analyses) == 8
     _, model = run(tmp_path, "--only", "attention,layer-drop")
-    assert len(looks) == 16 and model.generated == 2 * 13 * 8
+    assert len(analyses) == 16 and model.generated == 2 * 13 * 8
     assert run(tmp_path, "--only", "attention,layer-drop")[1].generated == 0
     other = Model()
     other.checkpoint_sha256 = "decaf"
@@ -79,7 +79,7 @@ def test_it_continues_and_refuses_another_model(tmp_path, looks, capsys):
     assert "holds other analyses: checkpoint_sha256 was c0ffee, now decaf" in capsys.readouterr().err
 
 
-def test_a_failed_analysis_is_said_and_the_others_are_written(tmp_path, looks, capsys):
+def test_a_failed_analysis_is_said_and_the_others_are_written(tmp_path, analyses, capsys):
     model = Model()
     model.fails_on = lambda schedule: bool(schedule.layers_in(LayerMode.TEXT))
     assert run(tmp_path, model=model)[0] == 1
@@ -90,7 +90,7 @@ def test_a_failed_analysis_is_said_and_the_others_are_written(tmp_path, looks, c
     assert run(tmp_path)[0] == 0
 
 
-def test_the_report_of_the_run_folder_is_rebuilt(tmp_path, looks, monkeypatch, capsys):
+def test_the_report_of_the_run_folder_is_rebuilt(tmp_path, analyses, monkeypatch, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"schema_version": 1}')
     built = SimpleNamespace(build=lambda folder: folder / "report.html")

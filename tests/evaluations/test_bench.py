@@ -87,6 +87,12 @@ def test_the_sweep_part_compares_twelve_runs_with_one_of_the_same_cells():
     assert len({each["--out"] for each in asked[:12]}) == 12  # nothing is continued
 
 
+def test_the_questions_part():
+    promises, seconds = bench.bench_questions("dense-tiny", 1, 4)
+    assert promises[0].name.startswith("4 questions, batch 16 / ") and promises[0].target == 0.5
+    assert len(seconds) == 2 and all(len(each) == 1 and each[0] > 0 for each in seconds.values())
+
+
 def test_the_harness_part():
     promises, seconds = bench.bench_harness("dense-tiny", 4, 1)
     assert promises[0].name.startswith("harness") and set(seconds) == {"bare loop", "sweep of one cell"}
@@ -94,5 +100,5 @@ def test_the_harness_part():
 
 def test_bad_requests(capsys):
     assert bench.main(["--only", "prefil"]) == 2
-    assert "--only takes some of prefill, decode, harness, sweep, got 'prefil'" in capsys.readouterr().err
+    assert "--only takes some of prefill, decode, harness, questions, sweep, got 'prefil'" in capsys.readouterr().err
     assert bench.main(["--rounds", "0"]) == 2

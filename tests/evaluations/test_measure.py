@@ -10,11 +10,13 @@ import torch
 from fakes import FakeModel, make_config
 from test_sweep import run
 
-from evaluations.cells import Planner, make_plan, plan_task
+from evaluations.batches import plan_task
+from evaluations.cells import make_plan
 from evaluations.measure import TimingPass, synchroniser, timed, timing_samples
 from evaluations.memory import ResidentMemory, measure_memory, resident_bytes, weights_bytes
 from evaluations.models import Models
 from evaluations.records import RunFolder
+from evaluations.settings import Planner
 from evaluations.suite import TimingPlan
 from visor.engine.stopwatch import scoring
 

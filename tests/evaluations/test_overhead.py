@@ -9,7 +9,8 @@ from test_speed import TEXT, TOWER
 from budgets import overhead as by_flops
 from budgets.presets import load, preset
 from budgets.registry import METHODS
-from evaluations.overhead import Pass, configure, main, make_parser, settings, shares
+from evaluations.overhead import configure, main, make_parser
+from evaluations.overhead_job import Pass, settings, shares
 from evaluations.random_model import RandomModel
 
 PLACE = {
@@ -20,7 +21,7 @@ PLACE = {
     "prumerge+": {"tower", "features"}, "fastervlm": {"tower", "features"}, "vispruner": {"tower", "features"},
     "divprune": {"features"}, "cdpruner": {"features"}, "random": {"features"}, "pooling": {"features"},
     "pooling_by": {"features"}, "downsample": {"features"}, "visor_tr2": {"features"}, "visor_tr4": {"features"},
-    "dense": set(), "visor": set(), "vtw": set(),  # nothing is chosen
+    "dense": set(), "visor": set(), "vtw": set(), "blind": set(),  # nothing is chosen
 }  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def test_the_tower_runs_once_a_round_for_all_that_see_the_same(tiny, monkeypatch
 
 
 def test_a_run_that_is_stopped_leaves_its_rounds(tiny, monkeypatch, tmp_path):
-    from evaluations.overhead import Round
+    from evaluations.overhead_job import Round
 
     out, runs, once = tmp_path / "overhead.json", [], Round.run
 

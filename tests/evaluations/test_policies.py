@@ -10,11 +10,12 @@ from test_sweep import contents
 
 from budgets import policies
 from budgets.schedule import LayerMode
-from evaluations.cells import Lengths, Planner, plan_task
+from evaluations.batches import Lengths, plan_task
+from evaluations.job import execute
 from evaluations.models import Models, checkpoint_for
 from evaluations.policies import Table
 from evaluations.records import RunFolder
-from evaluations.run import execute
+from evaluations.settings import Planner
 
 pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 ALL = ["fixed", "per-task", "router", "cascade", "random", "oracle"]
@@ -224,7 +225,7 @@ def test_relative_costs_are_those_of_the_base(tmp_path):
     models = Models(FakeModel(), {"v": FakeModel(visor=VISOR)}, {"visor": "v"})
     planner = Planner.of(models, "float32")
     task = plan_task("fake_a", make_task("fake_a")(), make_task("fake_a")().samples(None), 4, models.base)
-    from evaluations.cells import make_settings
+    from evaluations.settings import make_settings
 
     config = make_config(tmp_path / "run", **OPTIONS)
     settings, _ = make_settings(config, planner, task.lengths, models)

@@ -57,6 +57,9 @@ def test_names_are_checked_before_anything_is_loaded():
         (["--budgets", "nan"], "in (0, 1], got nan"),
         (["--budgets", "half"], "budgets are numbers like 0.5,0.25, got 'half'"),
         (["--budgets", ","], "no budget is named"),
+        (["--budgets", "192"], "in (0, 1], got 192"),
+        (["--tokens", "0.5"], "a token budget is a number of visual tokens above 1"),
+        (["--tokens", "many"], "token budgets are numbers like"),
         (["--methods", ""], "no method is named"),
         (["--methods", "dense,dense"], "method 'dense' is named twice"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
@@ -108,16 +111,19 @@ def test_the_suites_of_the_contract_exist():
     [
         ("- a", "a suite is a mapping"),
         ("title: [", "cannot be read as YAML"),
-        ("title: x", "missing keys"),
-        ("nmae: x", "unknown keys"),
-        ("timing: {runs: 3}", "runs"),
+        ("title: x", "the key 'tasks' is missing"),
+        ("budgts: [0.5]", "unknown key 'budgts'; the keys that exist there, nearest first: budgets, "),
+        ("timing: {min_run: 3}", "unknown key 'timing.min_run'; .* nearest first: min_runs, "),
+        ("tasks: [{name: digits, limt: 3}]", "unknown key 'tasks.0.limt'; .* nearest first: limit, "),
+        ("methods: dense", "methods: input should be a valid tuple, got 'dense'"),
+        ("timing: {new_tokens: 1}", "timing: new_tokens must be an integer of at least 2"),
         ("tasks: [{name: a, limit: 0}]", "limit must be an integer of at least 1"),
     ],
 )
 def test_a_broken_suite_file_is_named(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     base = (SUITES_FOLDER / "smoke.yaml").read_text()
-    path.write_text(base + "\n" + text if text.startswith(("timing", "tasks", "nmae")) else text)
+    path.write_text(base + "\n" + text if text.startswith(("timing", "tasks", "budgts", "methods")) else text)
     with pytest.raises(SuiteError, match=message) as error:
         load_suite(str(path))
     assert "mine.yaml" in str(error.value)

@@ -11,7 +11,8 @@ from budgets.roofline import device, floors
 from evaluations.noise import Spread
 from evaluations.random_model import RandomModel, build, hub_config
 from evaluations.records import RunFolder
-from evaluations.speed import configure, main, make_parser, parse_settings, split_methods
+from evaluations.speed import configure, main, make_parser
+from evaluations.speed_config import parse_settings, split_methods
 from reports.__main__ import main as reports_main
 from reports.speed import tables
 
@@ -153,7 +154,7 @@ def test_bad_requests(arguments, message, capsys):
 
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("evaluations.speed.memory_bytes", lambda: 8 * 10**9)
+    monkeypatch.setattr("evaluations.speed_config.memory_bytes", lambda: 8 * 10**9)
     assert main(["--geometry", "llava-1.5-7b", "--out", str(tmp_path / "run")]) == 2
     assert "GB of weights, cpu has 8.0 GB of memory; try --dtype bfloat16, or --device meta" in capsys.readouterr().err
 

@@ -11,12 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fakes import BrokenImage, FakeModel, FakeSample, make_config, make_task
+from fakes import NUM_VISUAL, VISOR, BrokenImage, FakeModel, FakeSample, make_config, make_task
+from PIL import Image
 
-from evaluations.cells import Lengths, Planner, make_batches, make_plan, plan_task
+from budgets.registry import METHODS
+from evaluations.batches import Lengths, make_batches, plan_task
+from evaluations.cells import make_plan
+from evaluations.job import dry_run_table, execute
 from evaluations.models import Models
 from evaluations.records import RunFolder, unpack_bits
-from evaluations.run import execute
+from evaluations.settings import Planner
+from visor.vision.image import as_rgb
 
 pytestmark = pytest.mark.usefixtures("with_fake_tasks")
 FAKES = Path(__file__).parent / "fakes.py"
@@ -73,6 +78,7 @@ def test_run_json_says_what_and_where(unbroken):
     data = RunFolder.open(unbroken).read_run()
     assert data["suite"]["name"] == "fakes" and [t["num_samples"] for t in data["suite"]["tasks"]] == [10, 6]
     assert data["config"]["batch_size"] == 4 and data["limit"] is None
+    assert data["provenance"]["checkpoint"]["training"] is None  # a model that states nothing
     provenance = data["provenance"]
     assert provenance["checkpoint"]["trained"] is False and provenance["checkpoint"]["sha256"] == "c0ffee"
     assert provenance["packages"]["torch"] and provenance["threads"] >= 1
@@ -174,7 +180,13 @@ def test_a_failed_cell_is_a_record_and_the_others_go_on(unbroken, tmp_path, caps
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"question": "  "}, "the question is empty"), ({"image": BrokenImage()}, "image file is truncated")],
+    [
+        ({"question": "  "}, "the question is empty"),
+        ({"image": BrokenImage()}, "image file is truncated"),
+        ({"image": Image.new("RGB", (0, 0))}, "its size is 0 x 0"),
+        ({"image": Image.new("RGB", (90, 90))}, "90 x 90 pixels, and the limit is 8,000"),
+        ({"image_id": "no\0name"}, "its image cannot be saved for the report"),
+    ],
 )
 def test_a_bad_sample_is_a_recorded_failure(tmp_path, monkeypatch, capsys, change, message):
     from budgets.registry import TASKS
@@ -183,7 +195,7 @@ def test_a_bad_sample_is_a_recorded_failure(tmp_path, monkeypatch, capsys, chang
     good = made().samples(None)
     bad = FakeSample(**{**vars(good[0]), **change})
     monkeypatch.setattr(task, "samples", lambda self, limit: [bad, *good[1:]])
-    status, _ = run(make_config(tmp_path / "run", tasks=["fake_a"]))
+    status, _ = run(make_config(tmp_path / "run", tasks=["fake_a"], max_pixels=8000))
     assert status == 1
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (last["failed"], last["samples"], last["failed_samples"]) == (0, 20, 2)
@@ -192,7 +204,27 @@ def test_a_bad_sample_is_a_recorded_failure(tmp_path, monkeypatch, capsys, chang
         records = {r.sample_id: r for r in RunFolder(tmp_path / "run").samples(manifest.key)}
         assert message in records[bad.sample_id].error and records[bad.sample_id].answer is None
         assert sum(r.error is None for r in records.values()) == 9
-    assert run(make_config(tmp_path / "run", tasks=["fake_a"]))[0] == 1  # it still failed when nothing is left to do
+    again = make_config(tmp_path / "run", tasks=["fake_a"], max_pixels=8000)
+    assert run(again)[0] == 1  # it still failed when nothing is left to do
+
+
+def test_images_of_any_mode_are_saved_as_the_model_saw_them(tmp_path, monkeypatch):
+    from budgets.registry import TASKS
+
+    task, made = TASKS.get("fake_a"), make_task("fake_a")
+    modes = ("CMYK", "F", "LA", "I;16", "HSV", "1", "RGBA")
+    samples = [replace(s, image=Image.new(m, (3, 3)), image_id=f"of{m[0]}{len(m)}") for m, s in zip(
+        modes, made().samples(None), strict=False)]  # fmt: skip
+    monkeypatch.setattr(task, "samples", lambda self, limit: samples)
+    assert run(make_config(tmp_path / "run", tasks=["fake_a"]))[0] == 0
+    for sample in samples:
+        with Image.open(RunFolder(tmp_path / "run").image_path(sample.image_id)) as saved:
+            assert saved.mode == "RGB" and saved.tobytes() == as_rgb(sample.image).tobytes(), sample.image.mode
+
+
+def test_another_limit_of_pixels_is_another_run(unbroken):
+    with pytest.raises(ValueError, match="max_pixels was 89478485, now 100"):
+        run(make_config(unbroken, max_pixels=100))
 
 
 def test_batches_keep_an_image_together_and_depend_on_the_samples_alone():
@@ -227,6 +259,43 @@ def test_a_key_changes_with_all_that_can_change_the_output(tmp_path):
     keys = [key(), key(seed=1), key(dtype="bfloat16"), key(device="cuda"), key(attention="eager"), key(budgets=[0.4])]
     assert len(set(keys)) == len(keys) and key() == keys[0]
     assert key(timing=False) == keys[0]
+    asked = [key(generation=[("num_beams", 3)]), key(generation=[("num_beams", 2)]), key(system="be short")]
+    assert len({*keys, *asked}) == len(keys) + len(asked)
+
+
+def test_a_run_with_other_generation_settings_is_another_run(unbroken):
+    for changes, message in [
+        ({"generation": [("num_beams", 3)]}, "generation was "),
+        ({"system": "be short"}, "system was None, now be short"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(make_config(unbroken, **changes))
+    with pytest.raises(ValueError, match="--generation num_beams is given twice"):
+        make_config(unbroken, generation=[("num_beams", 3), ("num_beams", 2)])
+
+
+@pytest.mark.parametrize("fault", ["logits", "length", "router"])
+def test_what_cannot_be_answered_is_one_failed_sample(tmp_path, fault):
+    """NaN logits, a prompt beyond the context, a router that says NaN: the others are scored, no NaN is written."""
+    model = FakeModel(visor=VISOR)
+    if fault == "logits":
+        model.faults = {"what is it please ": "the logits of answer token 0 are NaN or infinite"}
+    elif fault == "length":
+        model.context_length = NUM_VISUAL + 15  # the questions have 13 to 16 tokens
+    else:
+        model.route = lambda prepared, vision, schedules: [
+            [float("nan") if p.question == "what is it please " else 0.5] * 4 for p in prepared
+        ]
+    config = make_config(tmp_path / "run", tasks=["fake_a"], methods=["visor"], timing=False, visor=True)
+    assert execute(config, "test", report=False, load=lambda _: model) == 1
+    failed = 0
+    for path in (tmp_path / "run").glob("cells/*/samples.jsonl"):
+        assert "NaN" not in path.read_text().replace("are NaN", "").replace("NaN or", "")
+        for record in RunFolder(tmp_path / "run").samples(path.parent.name):
+            if record.error is not None:
+                failed += 1
+                assert record.answer is None and record.confidence is None and record.routing is None
+    assert failed
 
 
 def test_an_unreachable_budget_is_left_out_of_a_default_list_and_an_error_when_asked_for(tmp_path):
@@ -235,14 +304,44 @@ def test_an_unreachable_budget_is_left_out_of_a_default_list_and_an_error_when_a
     assert [s.id for s in plan.settings] == ["dense", "fastv@0.5"]
     (left_out,) = plan.unreachable
     assert (left_out["method"], left_out["budget"]) == ("fastv", 0.11) and "reaches 0." in left_out["reason"]
+    assert 0.11 < left_out["least"] < 0.5
     with pytest.raises(ValueError, match=r"fastv@0.11: FastV cannot meet a budget of 0.11 .* reaches 0\.\d+ to"):
         plan_of(make_config(tmp_path / "r", asked=(0.5, 0.11)))
+
+
+def test_token_budgets_run_beside_the_others_and_change_no_key(tmp_path):
+    methods = ["dense", "fastv", "pooling", "random"]
+    config = make_config(tmp_path / "r", methods=methods, tokens=[64, 72])
+    plan, planner = plan_of(config)
+    ids = [s.id for s in plan.settings]
+    assert ids == ["dense", *(f"{name}@{budget}" for name in methods[1:] for budget in ("0.5", "72", "64"))]
+    for setting in plan.settings:
+        if setting.budget > 1:
+            schedule = planner.fitted(setting, Lengths(144, 20))[1]
+            assert 50 < planner.cost(schedule, 20).visual_tokens_mean <= setting.budget
+    without, _ = plan_of(make_config(tmp_path / "r", methods=methods))
+    keys = {cell.setting.id: cell.key for cell in plan.cells}
+    assert {cell.setting.id: cell.key for cell in without.cells}.items() <= keys.items()
+    assert len(set(keys.values())) == len(ids)
+    table = dry_run_table(plan, planner)
+    row = next(line.split() for line in table.splitlines() if "random@64" in line)
+    assert "64.0" in row and any(part.endswith("%") for part in row)  # tokens and FLOPs, both
+    with pytest.raises(ValueError, match="a budget of 144 tokens leaves nothing out: the images have at most 144"):
+        plan_of(make_config(tmp_path / "r", methods=methods, tokens=[144]))
+
+
+def test_records_of_an_earlier_rule_are_not_taken_for_those_of_a_new_one(tmp_path, monkeypatch):
+    plan, _ = plan_of(make_config(tmp_path / "r", methods=["random"]))
+    monkeypatch.setattr(METHODS.get("random"), "version", 2)
+    later, _ = plan_of(make_config(tmp_path / "r", methods=["random"]))
+    assert plan.cells[0].key != later.cells[0].key
 
 
 def test_a_method_that_the_model_cannot_run_is_left_out_or_refused(tmp_path):
     plan, _ = plan_of(make_config(tmp_path / "r", methods=["dense", "visor"]))
     assert [s.id for s in plan.settings] == ["dense"]
     assert "no trained cross-attention blocks" in plan.unreachable[0]["reason"]
+    assert plan.unreachable[0]["least"] is None
     with pytest.raises(ValueError, match="visor cannot be run: this model has no trained cross-attention"):
         plan_of(make_config(tmp_path / "r", asked_methods=["dense", "visor"]))
     with pytest.raises(ValueError, match="nothing to run: .* reaches 0.2"):

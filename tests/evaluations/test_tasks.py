@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from budgets.registry import TASKS, UnknownNameError
 from evaluations.metrics import METRICS, edit_distance, score
+from evaluations.task import image_id_of
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -27,6 +30,33 @@ def test_counting_asks_how_many_and_scenes_asks_the_rest():
     assert all("how many" in question for question in questions["counting"])
     assert not any("how many" in question for question in questions["scenes"])
     assert {s.references[0] for s in TASKS.get("counting")().samples(60)} == {"1", "2", "3", "4"}
+
+
+def test_an_image_id_is_of_what_a_model_sees():
+    """Ids of plain RGB images are golden: sample ids, and with them all records, hang on them."""
+    gradient = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    assert image_id_of(gradient) == "010403af1bf5614f"
+    assert image_id_of(TASKS.get("forms")().samples(1)[0].image) == "7c1cea6fe518859e"
+    black, clear = Image.new("RGB", (4, 4)), Image.new("RGBA", (4, 4))
+    assert image_id_of(black) != image_id_of(clear) == image_id_of(Image.new("RGB", (4, 4), "white"))
+    assert image_id_of(Image.new("L", (4, 4))) == image_id_of(black) != image_id_of(Image.new("RGB", (2, 8)))
+    deep = [Image.fromarray(np.full((4, 4), value, np.uint16)) for value in (30000, 40000)]
+    assert image_id_of(deep[0]) != image_id_of(deep[1])
+
+
+def test_unreadable_images_have_ids_of_their_own(tmp_path):
+    """Else two damaged files with one question would be one sample, and the list of samples would end at the first."""
+    nothing = [Image.new("RGB", (0, 0)), Image.new("RGB", (0, 3))]
+    numbers = [Image.fromarray(np.array([[np.nan, value]], np.float32)) for value in (1, 2)]
+    for name in ("red", "blue"):
+        Image.new("RGB", (64, 64), name).save(tmp_path / f"{name}.png", compress_level=0)
+        content = (tmp_path / f"{name}.png").read_bytes()
+        (tmp_path / f"{name}.png").write_bytes(content[:-2000])
+    with Image.open(tmp_path / "red.png") as red, Image.open(tmp_path / "blue.png") as blue:
+        ids = [image_id_of(image) for image in (*nothing, *numbers, red, blue)]
+        assert len(set(ids)) == 6
+        assert ids == [image_id_of(image) for image in (*nothing, *numbers, red, blue)]
+    assert len(image_id_of(red)) == 16, "nor does a file that was closed too early end the list"
 
 
 def test_limit_and_names():

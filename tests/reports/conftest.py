@@ -39,6 +39,7 @@ METHODS = {
     "pooling": ("Average pooling", False, 0.7, False),
     "downsample": ("Image down-sampling", False, 1.0, False),
     "random": ("Random", False, 1.3, True),
+    "blind": ("Blind", False, 0.9, False),
     "visor": ("VISOR", True, 0.005, False),
 }
 CONFIGURATIONS = ("", "4", "4,8")  # SELF layers
@@ -60,6 +61,8 @@ def write_run_folder(
     failed: tuple[str, ...] = (),
     timings: bool = True,
     seed: int = 0,
+    training: dict | None = None,
+    checkpoints: dict | None = None,
 ) -> Path:
     """A folder in the schema of evaluations.records with seeded, plausible records."""
     random = np.random.default_rng(seed)
@@ -90,7 +93,8 @@ def write_run_folder(
                 draw.text((20, 32 + row * 50), f"{task} {image} row {row}", fill=(20, 20, 30))
             folder.save_image(image_ids[image], canvas)
         settings = [("dense", 1.0, None, None)]
-        settings += [(m, b, None, None) for m in methods if m != "dense" for b in budgets]
+        settings += [(m, b, None, None) for m in methods if m not in ("dense", "blind") for b in budgets]
+        settings += [("blind", None, None, None) for m in methods if m == "blind"]
         settings += [("visor", None, "fixed", i) for i in range(len(CONFIGURATIONS)) if policies]
         settings += [("visor", None, p, v) for p in policies for v in SWEEPS.get(p, (None,))]
         fixed: list[list[SampleRecord]] = []  # records of the configurations, which policies choose among
@@ -127,7 +131,8 @@ def write_run_folder(
                     records.append(chosen_record([each[number] for each in fixed], policy, value, sample_id).to_dict())
                     continue
                 configuration = value
-                fraction = budget if policy is None else 0.1 + 0.1 * configuration
+                fraction = (budget or 0.05) if policy is None else 0.1 + 0.1 * configuration
+                fraction = fraction if fraction <= 1 else fraction / num_visual  # a number of tokens
                 slope = slope if policy is None else 0.5 - 0.24 * configuration
                 right = ability[image] * (1 - slope * sensitivity * (1 - fraction) ** 1.5)
                 wobble = 0.08 * random.normal() if fraction < 1 and method != "visor" else 0.0
@@ -249,8 +254,10 @@ def write_run_folder(
                     "path": "visor/checkpoints/dense-tiny",
                     "sha256": "ab" * 32,
                     "trained": trained_checkpoint,
+                    "training": training,
                     "card": None,
                 },
+                "checkpoints": checkpoints or {},
             },
             "limit": limit,
             "unreachable": [{"method": "hired", "budget": 0.01, "reason": "hired reaches 0.2 to 1"}] if failed else [],

@@ -180,6 +180,21 @@ def test_failed_cell_and_missing_timings_are_said(make_run_folder):
     assert dense["not_measured"]["prefill_ms_median"].startswith("no timing run")
 
 
+def test_a_budget_below_a_methods_reach_is_a_row_and_no_failure(make_run_folder):
+    folder = make_run_folder(methods=("dense", "fastv", "pooling"), budgets=(0.25,))
+    run = json.loads((folder / "run.json").read_text())
+    entry = {"policy": None, "reason": "it reaches 0.2017 to 0.98"}
+    run["unreachable"] = [{"method": "fastv", "budget": budget, "least": 0.2017, **entry} for budget in (0.25, 0.11)]
+    (folder / "run.json").write_text(json.dumps(run))
+    html = build(folder).read_text()
+    assert "Not everything ran" not in html and "What failed" not in html
+    assert html.count("reaches 20.2 %") == 4, "two budgets, in the table of accuracies and in that of costs"
+    assert html.count("Budget 11 % of dense decoder FLOPs") == 2, "a group of its own where none reaches it"
+    run["unreachable"] = [{"method": "hired", "budget": None, "least": None, **entry}]
+    (folder / "run.json").write_text(json.dumps(run))
+    assert "Not everything ran" in build(folder).read_text(), "what the model cannot run is not its rule's doing"
+
+
 def test_sparse_run_json(make_run_folder):
     """A run.json with nothing but its schema still gives a report."""
     folder = make_run_folder(methods=("dense",), tasks=("forms",))
@@ -227,7 +242,7 @@ def test_analyses_are_shown_if_the_folder_holds_them(make_run_folder, add_analys
     html = build(folder).read_text()
     page = Page(html)
     assert "How the model uses its visual tokens" in html and page.tags.count("script") == 1
-    figures = [d for d in page.ids if d.startswith("figure-looks_dense-tiny")]
+    figures = [d for d in page.ids if d.startswith("figure-observations_dense-tiny")]
     assert len(figures) == 1 and "Layers without the image" in html
 
 

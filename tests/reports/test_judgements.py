@@ -53,6 +53,30 @@ def test_verdict_claims_only_what_is_shown(analysis, make_run_folder):
     assert any(tile.title == "Its prefill" and "times" in tile.unit for tile in tiles(good))
 
 
+def test_blind_is_the_floor_and_no_winner(make_run_folder):
+    """It costs least of all, so it would always be on the frontier, and here it is within a point of dense."""
+    folder = make_run_folder(methods=("dense", "random", "blind"), tasks=("easy_vqa",), num_images=400)
+    analysis = analyse(load(folder))
+    blind, costs = next(s for s in analysis.run.settings if s.is_blind), analysis.costs
+    assert costs["blind"].flops_relative == min(c.flops_relative for c in costs.values())
+    assert "blind" not in analysis.frontier and "random@0.11" in analysis.frontier
+    assert [s.id for s in analysis.run.settings][-1] == "blind"
+    assert analysis.against_dense["blind", AVERAGE] is not None and "Blind" not in verdict(analysis)
+    assert not any(tile.method == "blind" for tile in tiles(analysis))
+    row = next(row for group in tables.accuracy_table(analysis).groups for row in group.rows if row.setting == blind)
+    assert row.cells[-1].text == "floor"
+
+
+def test_token_budgets_stand_beside_shares_of_flops(make_run_folder):
+    analysis = analyse(load(make_run_folder(methods=("dense", "fastv", "random"), budgets=(64.0, 0.25))))
+    assert [g.title for g in analysis.groups] == [
+        "Budget 64 visual tokens, mean over the layers", "Budget 25 % of dense decoder FLOPs"
+    ]  # fmt: skip
+    assert {s.label for s in analysis.run.settings if s.method == "fastv"} == {"FastV at 64 tokens", "FastV at 25 %"}
+    costs = analysis.costs["fastv@64"]
+    assert costs.flops_relative == pytest.approx(64 / 144, abs=0.01) and costs.visual_tokens is not None
+
+
 def test_oracle_is_no_winner(make_run_folder):
     analysis = analyse(load(make_run_folder(methods=("dense", "visor"), policies=("oracle",), num_images=200)))
     assert "visor:oracle" not in analysis.frontier

@@ -12,15 +12,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from tiny_models import IMAGE_TOKEN, make_model
+from tiny_models import IMAGE_TOKEN, INDICATORS, QWEN_LIKE, family_of, make_model
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel
 
 ROLES = {"system": 5, "user": 6, "assistant": 7}
 ANSWER, TILE = 8, 9  # the turn to be answered, and the text that names a tile
@@ -32,7 +36,7 @@ def make_image(seed: int, width: int = 100, height: int = 60) -> Image.Image:
 
 def image_processor(family: str):
     square = {"height": 56, "width": 56}
-    if family == "llava":
+    if family in ("llava", "vipllava"):
         return CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=square)
     if family == "llava_next":
         pinpoints = [[56, 112], [112, 56], [112, 112]]
@@ -40,12 +44,22 @@ def image_processor(family: str):
     if family == "llava_onevision":
         pinpoints = [[56, 56], [56, 112], [112, 112]]
         return LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=pinpoints)
-    if family.startswith("qwen"):
-        patch = 14 if family == "qwen2_5_vl" else 16
+    if family in QWEN_LIKE:
+        patch = 16 if family.startswith("qwen3") else 14
         bounds = {"shortest_edge": 9 * patch**2 * 4, "longest_edge": 20 * patch**2 * 4}
-        return Qwen2VLImageProcessorPil(size=bounds, patch_size=patch)
-    if family == "internvl":
+        kind = Glm4vImageProcessorPil if family.startswith("glm") else Qwen2VLImageProcessorPil
+        if kind is Glm4vImageProcessorPil:  # it counts both frames of a doubled still image
+            bounds = {edge: 2 * pixels for edge, pixels in bounds.items()}
+        return kind(size=bounds, patch_size=patch)
+    if family in ("internvl", "aya_vision"):
         return GotOcr2ImageProcessorPil(size=square, crop_to_patches=True, min_patches=1, max_patches=4)
+    if family in ("pixtral", "mistral3"):
+        side = 14 if family == "pixtral" else 28
+        return PixtralImageProcessorPil(size={"longest_edge": 112}, patch_size={"height": side, "width": side})
+    if family == "ovis2":
+        return Ovis2ImageProcessorPil(size=square, crop_to_patches=True, min_patches=1, max_patches=4)
+    if family == "gemma3":
+        return Gemma3ImageProcessorPil(size={"height": 112, "width": 112}, do_pan_and_scan=False)
     return Idefics3ImageProcessorPil(size={"longest_edge": 112}, max_image_size={"longest_edge": 56})
 
 
@@ -55,7 +69,7 @@ class TinyProcessor:
     image_token = "<image>"
 
     def __init__(self, model) -> None:
-        self.family, self.model = model.config.model_type, model
+        self.family, self.model = family_of(model), model
         self.image_processor = image_processor(self.family)
         self.tokenizer = SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: " ".join(map(str, ids)))
 
@@ -69,7 +83,18 @@ class TinyProcessor:
         output = self.image_processor(nested, return_tensors="pt")
         if self.family == "internvl":
             return output, [[4 * n] for n in output.pop("num_patches").tolist()]
-        if self.family.startswith("qwen"):
+        if self.family == "aya_vision":
+            return output, [[4] * n for n in output.pop("num_patches").tolist()]
+        if self.family == "ovis2":  # the whole image first
+            parts = output["grids"].prod(-1).tolist()
+            return output, [[4] * (n + 1 if n > 1 else 1) for n in parts]
+        if self.family in ("pixtral", "mistral3"):
+            side = 14 if self.family == "pixtral" else 28
+            return output, [[w // side] * (h // side) for h, w in torch.as_tensor(output["image_sizes"]).tolist()]
+        if self.family == "gemma3":
+            output.pop("num_crops")
+            return output, [[16]] * len(images)
+        if self.family in QWEN_LIKE:
             return output, [[n // 4] for n in output["image_grid_thw"].prod(-1).tolist()]
         with torch.no_grad():
             packed = self.model.get_image_features(**output, return_dict=True).pooler_output
@@ -85,7 +110,8 @@ class TinyProcessor:
                 if part["type"] == "text":
                     ids += [20 + ord(letter) % 200 for letter in part["text"]]
                 else:
-                    ids += [token for n in next(blocks) for token in (TILE, *[IMAGE_TOKEN] * n)]
+                    between = INDICATORS[1] if self.family == "ovis2" else TILE
+                    ids += [token for n in next(blocks) for token in (between, *[IMAGE_TOKEN] * n)]
         return {"input_ids": torch.tensor([[*ids, ANSWER]]), **output}
 
 

@@ -88,10 +88,12 @@ def run_one(
             hidden = hidden.index_put((ids,), _cross_attention(block, hidden[ids], read))
         allowed = (ids[None] <= ids[:, None]) & alive[ids][None]
         hook = layer.self_attn.register_forward_hook(lambda module, args, output: weights.update(last=output[1]))
+        where = positions[:, ids][:, None]  # [axes, 1, n]; text alone has one axis under M-RoPE, too
+        where = where.expand(3, -1, -1) if hasattr(decoder.rotary_emb, "mrope_section") else where[0]
         output = layer(
             hidden[ids][None],
             attention_mask=torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None],
-            position_embeddings=decoder.rotary_emb(hidden[None], positions[:, ids][:, None].squeeze(0)),
+            position_embeddings=decoder.rotary_emb(hidden[None], where),
             position_ids=None,
         )
         hook.remove()

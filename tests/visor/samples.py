@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from tiny_models import make_model, make_prompt, visual_counts
 
-from visor.inference.loaded_model import LoadedModel
-from visor.inference.prompt import PreparedSample
+from visor.inference import LoadedModel
+from visor.vision.prepared import PreparedSample
 
 NUM_LAYERS = 4  # the fewest in which every in-decoder method finds its stages
 NO_PROCESSOR = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0, decode=lambda ids, **_: str(ids)))
@@ -31,6 +31,10 @@ def samples(family: str, count: int = 8) -> list[PreparedSample]:
         sizes = torch.tensor([[56, 112]])
         images = [{"pixel_values": prompt["pixel_values"][i : i + 1], "image_sizes": sizes} for i in range(count)]
     else:
+        if family == "aya_vision":  # four tiles and the whole image
+            fields["image_sizes"] = torch.tensor([[112, 112]] * count)
+        if family == "ovis2":  # which its forward does not take
+            fields["grids"] = torch.tensor([[1, 2]] * count)
         images = model.adapter.split_images(fields, count)
     prepared = []
     for row, (num_visual, image) in enumerate(zip(visual_counts(prompt), images, strict=True)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from samples import loaded
@@ -9,6 +11,7 @@ from tiny_models import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from budgets.costs import price
+from budgets.geometry import from_config
 from budgets.registry import METHODS
 from visor.families.base import adapter_for
 from visor.reduction.method import tower_reduction
@@ -56,16 +59,28 @@ def test_merging_in_the_tower_costs_what_it_is_priced_at(keep):
     assert len(lengths(16, keep, len(walk.blocks))) == model.geometry.vision.feature_blocks
 
 
-def test_cutting_in_the_tower_costs_at_most_what_it_is_priced_at():
-    """How much goes early depends on the image; without early cuts it is the price."""
-    model = loaded("llava", "eager")
-    for first, is_exact in ((1.0, True), (0.0, False)):
-        method = METHODS.get("flowcut")(keep=5, first=first)
-        walk = TowerWalk(model.adapter)
-        _, flops = counted(lambda method=method, walk=walk: method.reduce_in_tower(walk, torch.randn(1, 3, 56, 56), 5))
-        cost = price(model.geometry, method.schedule(model.geometry, 16), NUM_TEXT)
-        priced = cost.parts["tower"] + cost.parts["scoring"]
-        assert flops == priced if is_exact else flops <= priced
+@pytest.mark.parametrize(("tower", "num_blocks"), [("clip", 2), ("clip", 5), ("siglip", 5)])
+def test_cutting_in_the_tower_costs_at_most_what_it_is_priced_at(tower, num_blocks):
+    """How much goes early depends on the image; an even look, which cuts nothing early, is the price."""
+    model = make_model("llava", "eager") if tower == "clip" else siglip("eager")
+    vision = model.config.vision_config
+    walk = TowerWalk(adapter_for(model))
+    walk.blocks = [walk.blocks[0]] * num_blocks
+    geometry, side = from_config(model.config), vision.image_size
+    geometry = replace(geometry, vision=replace(geometry.vision, feature_blocks=num_blocks))
+    num_visual = (side // vision.patch_size) ** 2
+    method, tiles = METHODS.get("flowcut")(keep=5), torch.randn(1, 3, side, side)
+    cost = price(geometry, method.schedule(geometry, num_visual), NUM_TEXT)
+    priced = cost.parts["tower"] + cost.parts["scoring"]
+    nearly_all = METHODS.get("flowcut")(keep=num_visual - 1).schedule(geometry, num_visual)
+    assert cost.parts["tower"] < price(geometry, nearly_all, NUM_TEXT).parts["tower"]  # the last block runs on the rest
+    _, flops = counted(lambda: method.reduce_in_tower(walk, tiles, 5))
+    assert 0 < flops <= priced
+    with torch.no_grad():
+        walk.blocks[0].self_attn.q_proj.weight.zero_()
+        walk.blocks[0].self_attn.q_proj.bias.zero_()
+    _, flops = counted(lambda: method.reduce_in_tower(walk, tiles, 5))
+    assert flops == priced
 
 
 # --- the walk through the tower -------------------------------------------------------------------------------------
@@ -81,14 +96,14 @@ class Nothing:
         return walk.features(hidden)
 
 
-def siglip():
+def siglip(attention="sdpa"):
     import sys
     from pathlib import Path
 
     sys.path.insert(0, str(Path(__file__).parent))
     from tiny_checkpoint import make_llava
 
-    return make_llava()
+    return make_llava(attention)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])

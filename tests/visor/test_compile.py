@@ -9,6 +9,7 @@ import torch
 from schedules import schedule
 from tiny_models import make_model, wake_cross_blocks
 
+from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import install, running
 
 NUM_VISUAL, LENGTH, WIDTH = 24, 40, 64
@@ -45,17 +46,17 @@ def test_one_graph_in_prefill_and_one_in_decode(decoder, name):
     # fullgraph: a break is an error
     prefill = torch.compile(lambda x: layers(inputs_embeds=x, use_cache=True), fullgraph=True, backend=backend)
     decode = torch.compile(
-        lambda x, cache: layers(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state,
+        lambda x, cache: layers(inputs_embeds=x, **{CACHE: cache}, use_cache=True).last_hidden_state,
         fullgraph=True, backend=backend, dynamic=True,
     )  # fmt: skip
     with torch.no_grad(), running(model, schedule(modes, NUM_VISUAL, keep), visual=visual):
         plain = layers(inputs_embeds=prompt, use_cache=True)
-        expected = [layers(inputs_embeds=x, past_key_values=plain.past_key_values, use_cache=True) for x in steps]
+        expected = [layers(inputs_embeds=x, **{CACHE: cache_of(plain)}, use_cache=True) for x in steps]
         compiled = prefill(prompt)
         assert len(graphs) == 1
         torch.testing.assert_close(compiled.last_hidden_state, plain.last_hidden_state)
-        cache = compiled.past_key_values
+        cache = cache_of(compiled)
         for x, step in zip(steps, expected, strict=True):
             torch.testing.assert_close(decode(x, cache), step.last_hidden_state)
     assert len(graphs) <= 1 + 2  # the first step may be specialised; later ones are not compiled anew
-    assert cache.layer_lengths == plain.past_key_values.layer_lengths
+    assert cache.layer_lengths == cache_of(plain).layer_lengths

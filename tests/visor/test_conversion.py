@@ -15,6 +15,8 @@ from visor.convert import main
 from visor.engine.decoder import install, running
 from visor.model.conversion import convert
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_layer_self_is_the_base(family):
@@ -93,7 +95,7 @@ def test_command(base_folder, tmp_path, capsys):
     assert "trained: false" in (out / "README.md").read_text()
     assert str(base_folder) not in (out / "config.json").read_text()
 
-    from visor.inference.loaded_model import LoadedModel
+    from visor.inference import LoadedModel
 
     loaded = LoadedModel.load(out)
     assert loaded.geometry.visor.configurations == ((), (1, 4))

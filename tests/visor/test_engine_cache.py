@@ -6,6 +6,8 @@ import torch
 from visor.engine.cache import ElasticCache
 from visor.engine.streams import PromptLayout, left_padding, put, take
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture
 def cache():

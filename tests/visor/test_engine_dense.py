@@ -10,7 +10,10 @@ from tiny_models import FAMILIES, NUM_LAYERS, generate, make_model, make_prompt
 
 from budgets.schedule import dense
 from visor.engine.cache import ElasticCache
+from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import ElasticDecoder, install, running
+
+pytestmark = pytest.mark.compat
 
 SCHEDULE = dense(NUM_LAYERS, 0)
 
@@ -34,7 +37,7 @@ def test_dense_schedule_equals_hugging_face(family, attention, batch):
         assert_same_outputs(plain, elastic, prompt)
         found, found_beams = generate(elastic, prompt), generate(elastic, prompt, 4, num_beams=3)
     expected, expected_beams = generate(plain, prompt), generate(plain, prompt, 4, num_beams=3)
-    assert isinstance(found.past_key_values, ElasticCache)
+    assert isinstance(cache_of(found), ElasticCache)
     assert torch.equal(expected.sequences, found.sequences)
     assert all(map(torch.equal, expected.logits, found.logits))
     assert torch.equal(expected_beams.sequences, found_beams.sequences)
@@ -46,12 +49,12 @@ def test_dense_without_cache_and_in_a_loop(family):
     elastic, prompt = install(copy.deepcopy(plain)), make_prompt(plain, 2)
     with torch.no_grad(), running(elastic, SCHEDULE):
         assert torch.equal(plain(**prompt, use_cache=False).logits, elastic(**prompt, use_cache=False).logits)
-        caches = [model(**prompt).past_key_values for model in (plain, elastic)]
+        caches = [cache_of(model(**prompt)) for model in (plain, elastic)]
         for _ in range(3):  # a hand-written loop: no position ids, a mask that is all ones in places
             step = dict(input_ids=torch.full((2, 2), 7))
             step["attention_mask"] = torch.cat([prompt["attention_mask"], torch.ones(2, 2, dtype=torch.long)], 1)
             prompt["attention_mask"] = step["attention_mask"]
-            logits = [m(**step, past_key_values=c).logits for m, c in zip((plain, elastic), caches, strict=True)]
+            logits = [m(**step, **{CACHE: c}).logits for m, c in zip((plain, elastic), caches, strict=True)]
             assert torch.equal(*logits)
 
 
@@ -59,7 +62,7 @@ def test_outside_running_the_forward_is_the_familys_own():
     plain = make_model("llava")
     elastic, prompt = install(copy.deepcopy(plain)), make_prompt(plain, 2)
     assert_same_outputs(plain, elastic, prompt)
-    assert not isinstance(generate(elastic, prompt).past_key_values, ElasticCache)
+    assert not isinstance(cache_of(generate(elastic, prompt)), ElasticCache)
 
 
 def test_install_twice_adds_nothing():

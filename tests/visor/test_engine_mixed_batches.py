@@ -7,7 +7,10 @@ from schedules import schedule, schedules
 from test_engine_mixtures import CROSS_LAYERS, FAMILIES, TOLERANCE, model_of, new_tokens
 from tiny_models import continued, generate, make_model, make_prompt, visual_counts, wake_cross_blocks
 
+from visor.engine.compat import cache_of
 from visor.engine.decoder import install, running
+
+pytestmark = pytest.mark.compat
 
 MIXED = {
     "two": ["tctctc", "tcsctc", "tctctc"],
@@ -88,7 +91,7 @@ def test_cache_holds_what_each_row_needs():
     prompt = make_prompt(model, 3)
     counts, plan = visual_counts(prompt), plan_of(["tctctc", "tcsctc", "tctctc"], prompt)
     with running(model, plan):
-        cache = generate(model, prompt, 4).past_key_values
+        cache = cache_of(generate(model, prompt, 4))
     num_text = [int(real) - visual for real, visual in zip(prompt["attention_mask"].sum(1), counts, strict=True)]
     text, full = max(num_text) + 3, max(num_text[1] + counts[1], *num_text) + 3
     assert cache.layer_lengths == (text, text, full, text, text, text)

@@ -8,7 +8,10 @@ from reference import reference
 from schedules import schedules
 from tiny_models import FAMILIES, continued, generate, make_model, make_prompt, visual_counts, wake_cross_blocks
 
+from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import install, running
+
+pytestmark = pytest.mark.compat
 
 TOLERANCE = 2e-4
 MIXTURES = {
@@ -74,7 +77,7 @@ def test_cache_lengths_are_the_schedules():
     counts = visual_counts(prompt)
     plan = schedules("tsctcs", counts, (1.0, 0.6, 0.3), keep={2: 0.5})
     with running(model, plan):
-        cache = generate(model, prompt, 4).past_key_values
+        cache = cache_of(generate(model, prompt, 4))
     num_text = [int(real) - visual for real, visual in zip(prompt["attention_mask"].sum(1), counts, strict=True)]
     kept = [row.visual_tokens[-1] for row in plan]
     text, full = max(num_text) + 3, max(map(sum, zip(num_text, counts, strict=True))) + 3
@@ -169,7 +172,7 @@ def test_second_turn_equals_one_long_prompt(modes, keep):
         said = torch.cat([first.sequences[:, prompt["input_ids"].shape[1] :], torch.full((2, 4), 11)], 1)
         longer = continued(prompt, said)
         turn = {name: longer[name] for name in ("input_ids", "attention_mask")}
-        second = generate(model, turn, 3, past_key_values=first.past_key_values)
+        second = generate(model, turn, 3, **{CACHE: cache_of(first)})
     with running(model, plan, keep_masks=masks):
         fresh = generate(model, longer, 3)
     assert torch.equal(second.sequences, fresh.sequences)

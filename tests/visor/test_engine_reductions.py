@@ -10,8 +10,11 @@ from schedules import schedules
 from tiny_models import FAMILIES, continued, generate, make_model, make_prompt, single, visual_counts
 
 from budgets.registry import METHODS
+from visor.engine.compat import cache_of
 from visor.engine.decoder import install, running
 from visor.reduction.method import Method
+
+pytestmark = pytest.mark.compat
 
 TOLERANCE = 2e-4  # logits are of size ten
 UNEVEN = (1.0, 0.6, 0.3)
@@ -92,7 +95,7 @@ def test_cache_lengths_are_the_schedules():
     counts, num_real = visual_counts(prompt), prompt["attention_mask"].sum(1).tolist()
     plan = schedules("ssssss", counts, UNEVEN, keep={2: 0.75, 4: 0.3})
     with running(model, plan):
-        cache = generate(model, prompt, 4).past_key_values
+        cache = cache_of(generate(model, prompt, 4))
     num_text = [real - visual for real, visual in zip(num_real, counts, strict=True)]
     expected = [
         max(text + row.visual_tokens[i] for text, row in zip(num_text, plan, strict=True)) + 3 for i in range(6)
@@ -184,3 +187,45 @@ def test_attention_row_is_the_eager_row():
             assert torch.allclose(seen["before"], rows[:, -1], atol=1e-6)
             assert torch.allclose(seen["two rows"], rows[:, -2:].mean(1), atol=1e-6)
             assert torch.allclose(seen["next"], attentions[3].mean(1)[:, -1], atol=1e-6)
+
+
+HELD = {
+    "fastv": dict(keep={2: 0.5}),
+    "pyramid": dict(keep={2: 0.75, 4: 0.3}),
+    "sparsevlm": dict(keep={2: 0.6, 4: 0.3}, method="sparsevlm"),
+    "renumbered": dict(keep={1: 0.6, 3: 0.3}, positions="contiguous"),
+}
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("case", HELD)
+@torch.no_grad()
+def test_generation_without_a_cache_holds_its_first_choice(case, beams):
+    """Each step runs the prompt again: scored anew, it would keep other tokens for every word of the answer."""
+    model = elastic_model("llava_onevision", "eager")
+    prompt = make_prompt(model, 2)
+    plan = schedules("ssssss", visual_counts(prompt), UNEVEN, **HELD[case])
+    with running(model, plan):
+        cached = generate(model, prompt, 8, num_beams=beams)
+        kept = model.get_decoder().last_kept_by_layer
+        found = generate(model, prompt, 8, num_beams=beams, use_cache=False)
+        again = model.get_decoder().last_kept_by_layer
+    assert torch.equal(found.sequences, cached.sequences)
+    assert all(torch.equal(a, b) for layer in kept for a, b in zip(kept[layer], again[layer], strict=True))
+    if beams == 1:
+        for logits, expected in zip(found.logits, cached.logits, strict=True):
+            torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_another_image_behind_the_same_words_is_chosen_from_anew():
+    model = elastic_model("llava_onevision", "eager")
+    prompt, other = make_prompt(model, 1), make_prompt(model, 1)
+    other["pixel_values"] = torch.randn(other["pixel_values"].shape, generator=torch.Generator().manual_seed(9))
+    longer = continued(other, torch.tensor([[7, 8]]))
+    plan = schedules("ssssss", visual_counts(prompt), keep={2: 0.4})
+    with running(model, plan):
+        expected = model(**longer, use_cache=False).logits
+    with running(model, plan):
+        model(**prompt, use_cache=False)
+        assert torch.equal(model(**longer, use_cache=False).logits, expected)

@@ -6,6 +6,7 @@ import transformers
 from schedules import schedule
 from torch.utils.flop_counter import FlopCounterMode
 
+from visor.engine.compat import cache_of
 from visor.engine.decoder import install, running
 
 D, HEADS, KV_HEADS, WIDTH, INNER = 64, 4, 2, 16, 96
@@ -56,7 +57,7 @@ def test_counted_flops_are_the_schedules(meta_model, modes, keep, method, batch)
     visual[:, 4 : 4 + NUM_VISUAL] = True
     embeds = torch.empty(batch, NUM_TEXT + NUM_VISUAL, D, device="meta")
     with torch.no_grad(), running(meta_model, plan, visual=visual), FlopCounterMode(display=False) as counter:
-        cache = meta_model.get_decoder()(inputs_embeds=embeds, use_cache=True).past_key_values
+        cache = cache_of(meta_model.get_decoder()(inputs_embeds=embeds, use_cache=True))
     expected = 0
     for i, (mode, live) in enumerate(zip(modes, plan.visual_tokens, strict=True)):
         expected += layer_flops(NUM_TEXT + (live if mode == "s" else 0))

@@ -10,22 +10,34 @@ import torch
 from family_processors import load, make_image
 from schedules import schedule
 from tiny_checkpoint import make_processor
-from tiny_models import ALL_FAMILIES, IMAGE_TOKEN, NUM_LAYERS, make_model, make_prompt, single
+from tiny_models import (
+    ALL_FAMILIES,
+    IMAGE_TOKEN,
+    NUM_LAYERS,
+    QWEN_LIKE,
+    WINDOWED_FAMILIES,
+    make_model,
+    make_prompt,
+    single,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from budgets.geometry import from_config
 from budgets.registry import METHODS
 from budgets.schedule import dense
+from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import running
 from visor.families.base import adapter_for
 from visor.inference.chat import load_processor
 from visor.inference.collate import image_arguments
-from visor.inference.prompt import arranged
-from visor.vision.multi_image import shared
+from visor.inference.prompt import reduce_prompt
+from visor.vision.multi_image import share_tokens
 from visor.vision.taps import TAPS
 
-MERGING = ("qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "internvl")
-GRID = ("qwen2_5_vl", "qwen3_vl")
+EVERY_FAMILY = (*ALL_FAMILIES, *WINDOWED_FAMILIES)
+UNMERGED = ("llava", "vipllava", "llava_next", "llava_onevision")  # methods see their towers' own tokens
+MERGING = tuple(family for family in EVERY_FAMILY if family not in UNMERGED)
+GRID = tuple(family for family in ALL_FAMILIES if family in QWEN_LIKE)
 TOLERANCE = 2e-4
 loaded_of = functools.cache(load)
 
@@ -44,8 +56,11 @@ def conversation(*parts, before=()):
 def own_answer(loaded, sample, num_tokens=4):
     """Hugging Face's own generate on what the processor made."""
     inputs = {"input_ids": torch.tensor([sample.input_ids])}
-    described = ("image_sizes", "num_tiles") if loaded.adapter.merges_patches else ()
+    own = ("pixtral", "mistral3")  # whose forward takes the sizes that the others only describe
+    described = ("image_sizes", "num_tiles") if loaded.adapter.merges_patches and loaded.name not in own else ()
+    described = (*described, "grids")
     inputs |= {name: value for name, value in sample.pixel_inputs.items() if name not in described}
+    inputs |= loaded.adapter.prompt_arguments(inputs["input_ids"])
     if loaded.adapter.has_grid_positions:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -74,7 +89,7 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_dense_answers_are_hugging_faces_own(family):
     """All conversations in one left-padded batch, and each alone."""
     loaded = loaded_of(family)
@@ -108,7 +123,7 @@ def test_dropping_before_the_decoder_equals_dropping_at_its_entrance(family, mes
     sample = loaded.prepare_chat(CONVERSATIONS[messages])
     keep = round(0.4 * sample.num_visual)
     plan = METHODS.get("random")(keep=keep).schedule(loaded.geometry, sample.num_visual)
-    prompt = loaded.assemble([sample], loaded.encode([sample]), [plan])
+    prompt = loaded.collate([sample], loaded.encode([sample]), [plan])
     kept = prompt.kept[0]
     assert int(kept.sum()) == keep == prompt.features[0].shape[0]
     image_inputs = image_arguments(loaded.adapter, prompt)
@@ -119,7 +134,7 @@ def test_dropping_before_the_decoder_equals_dropping_at_its_entrance(family, mes
             position_ids=prompt.positions_BP,
             **image_inputs,
         ).logits[:, -1]
-        full = loaded.assemble([sample], loaded.encode([sample]), [dense(NUM_LAYERS, sample.num_visual)])
+        full = loaded.collate([sample], loaded.encode([sample]), [dense(NUM_LAYERS, sample.num_visual)])
         positions = "kept" if family in GRID else "contiguous"
         at_entrance = schedule("ssssss", sample.num_visual, {0: keep / sample.num_visual}, positions=positions)
         with running(loaded.model, at_entrance, keep_masks={0: [kept]}):
@@ -132,7 +147,7 @@ def test_dropping_before_the_decoder_equals_dropping_at_its_entrance(family, mes
     assert (short - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_encoder_side_methods_of_all_kinds(family):
     """Selecting, merging, sharing among tiles, averaging: alone or with FastV, alone or in a batch."""
     loaded = loaded_of(family)
@@ -141,9 +156,38 @@ def test_encoder_side_methods_of_all_kinds(family):
         methods = METHODS.get(name)
         option = "fastervlm_keep" if "+fastv" in name else "keep"
         plans = [methods(**{option: s.num_visual // 2}).schedule(loaded.geometry, s.num_visual) for s in samples]
+        if family in WINDOWED_FAMILIES and "+fastv" in name:
+            with pytest.raises(ValueError, match="sliding-window layers"):
+                answers(loaded, samples, plans, 2)
+            continue
         together = answers(loaded, samples, plans, 2)
         alone = [answers(loaded, [s], [p], 2)[0] for s, p in zip(samples, plans, strict=True)]
         assert [each.token_ids for each in together] == [each.token_ids for each in alone], name
+
+
+@pytest.mark.parametrize("family", WINDOWED_FAMILIES)
+@torch.no_grad()
+def test_before_a_windowed_decoder_a_shorter_prompt_is_hugging_faces_own(family):
+    """The reduced features in the places of a prompt with fewer image tokens, embedded by hand."""
+    loaded = loaded_of(family)
+    sample = loaded.prepare_chat(CONVERSATIONS["two images"])
+    vision, keep = loaded.encode([sample]), sample.num_visual // 2
+    plan = METHODS.get("random")(keep=keep).schedule(loaded.geometry, sample.num_visual)
+    prompt = loaded.collate([sample], vision, [plan])
+    ids_BP, features_TD = prompt.input_ids_BP, prompt.features[0]
+    everything_ND = torch.cat([image.features_BND[0] for image in vision[0].images])
+    assert torch.equal(features_TD, everything_ND[prompt.kept[0]]) and len(features_TD) == keep
+    plain = make_model(family)
+    embedded_BPD = plain.get_input_embeddings()(ids_BP)
+    embedded_BPD[ids_BP == IMAGE_TOKEN] = features_TD
+    output = plain(
+        inputs_embeds=embedded_BPD, attention_mask=prompt.attention_mask_BP, **loaded.adapter.prompt_arguments(ids_BP)
+    )
+    expected = []
+    for _ in range(4):
+        expected.append(int(output.logits[0, -1].argmax()))
+        output = plain(input_ids=torch.tensor([expected[-1:]]), **{CACHE: cache_of(output)})
+    assert list(answers(loaded, [sample], [plan])[0].token_ids) == expected
 
 
 def test_methods_that_do_not_say_where_their_tokens_stand_are_refused():
@@ -165,7 +209,7 @@ def test_pooling_keeps_places_in_the_image():
     assert sample.num_visual == 16
     plan = METHODS.get("pooling")(side=12).schedule(loaded.geometry, 16)  # half of LLaVA's side
     row = loaded.encode([sample], {"places"})[0]
-    prompt = loaded.assemble([sample], [row], [plan])
+    prompt = loaded.collate([sample], [row], [plan])
     first = sample.input_ids.index(IMAGE_TOKEN)
     assert (prompt.grid_positions[2:, 0, first : first + 4] - first).tolist() == [[1, 1, 3, 3], [1, 3, 1, 3]]
     assert torch.equal(prompt.levels[0][0], row.levels[0][0, [5, 7, 13, 15]])
@@ -176,7 +220,7 @@ def test_pooling_keeps_places_in_the_image():
 
 def eager_attention(model, pixels, monkeypatch):
     """Post-softmax attention [tiles, heads, P, P] of each call in the tower, as Hugging Face computes it."""
-    module, seen = sys.modules[type(model).__module__], []
+    module, seen = sys.modules[type(adapter_for(model).tower).__module__], []
     original = module.eager_attention_forward
 
     def noted(*args, **kwargs):
@@ -195,8 +239,11 @@ def eager_attention(model, pixels, monkeypatch):
 def test_salience_is_eager_attention_averaged_over_merged_patches(family, monkeypatch):
     model = make_model(family)
     prompt = single(make_prompt(model, 2), 1)
-    pixels = {name: x for name, x in prompt.items() if name in ("pixel_values", "image_grid_thw")}
-    encoded = adapter_for(model).encode_image(pixels, {"salience", "keys", "last_salience", "last_keys"})
+    pixels = {name: x for name, x in prompt.items() if name in ("pixel_values", "image_grid_thw", "image_sizes")}
+    taken = {"grids": torch.tensor([[1, 2]])} if family == "ovis2" else {}
+    encoded = adapter_for(model).encode_image(
+        {**pixels, **taken}, {"salience", "keys", "last_salience", "last_keys"}
+    )
     own = model.get_image_features(**pixels, return_dict=True).pooler_output
     own = own.flatten(0, 1) if isinstance(own, torch.Tensor) else torch.cat(list(own))
     assert torch.equal(encoded.features_ND, own)
@@ -204,12 +251,16 @@ def test_salience_is_eager_attention_averaged_over_merged_patches(family, monkey
     if family == "qwen2_5_vl":  # block 1 of 3 sees everything; 24 patches in cells of 2 x 2, sorted by window
         weights = next(block for block in blocks if block.shape[-1] == 24)
         expected = weights.mean(1).mean(1)[0].view(-1, 4).mean(1)[torch.tensor([0, 1, 3, 4, 2, 5]).argsort()]
-    elif family == "qwen3_vl":
+    elif family in QWEN_LIKE:
         expected = blocks[-2].mean(1).mean(1)[0].view(-1, 4).mean(1)
+    elif family in ("pixtral", "mistral3"):  # 4 x 8 patches
+        side = adapter_for(model).merge
+        expected = torch.nn.functional.avg_pool2d(blocks[-2].mean(1).mean(1).view(1, 4, 8), side).flatten()
     else:
         weights = blocks[-2].mean(1)
         rows = weights[:, 0, 1:] if family == "internvl" else weights.mean(1)
-        expected = torch.nn.functional.avg_pool2d(rows.view(-1, 1, 4, 4), 2).flatten()
+        side = round(rows.shape[1] ** 0.5)
+        expected = torch.nn.functional.avg_pool2d(rows.view(-1, 1, side, side), 2).flatten()
     assert (encoded.taps["salience"] - expected).abs().max() < 1e-4
     assert expected.std() > 1e-4, "uniform attention would show nothing"
     for name, tap in encoded.taps.items():
@@ -226,7 +277,7 @@ def test_places_of_split_images():
 
 
 def test_every_family_takes_every_tap():
-    for family in ALL_FAMILIES:
+    for family in EVERY_FAMILY:
         loaded = loaded_of(family)
         sample = loaded.prepare(make_image(1), "what")
         row = loaded.encode([sample], TAPS)[0]
@@ -239,12 +290,12 @@ def test_every_family_takes_every_tap():
 
 def test_arranging_prompts():
     ids = [1, 9, 9, 9, 2, 9, 9, 3]
-    assert arranged(ids, {9}, [(3, 2, None), (2, 1, None)]).sources == [0, 1, 2, 4, 5, 7]
-    assert arranged(ids, {9}, [(3, 2, [2, 0]), (2, 1, [1])], in_place=True).sources == [0, 3, 1, 4, 6, 7]
-    split = arranged(ids, {9}, [(5, 3, [4, 0, 2])])  # one image in two blocks
+    assert reduce_prompt(ids, {9}, [(3, 2, None), (2, 1, None)]).sources == [0, 1, 2, 4, 5, 7]
+    assert reduce_prompt(ids, {9}, [(3, 2, [2, 0]), (2, 1, [1])], in_place=True).sources == [0, 3, 1, 4, 6, 7]
+    split = reduce_prompt(ids, {9}, [(5, 3, [4, 0, 2])])  # one image in two blocks
     assert split.sources == [0, 1, 3, 4, 6, 7] and split.order == [1, 2, 0]
     with pytest.raises(ValueError, match="5 image tokens, its images have 4"):
-        arranged(ids, {9}, [(4, 2, None)])
+        reduce_prompt(ids, {9}, [(4, 2, None)])
 
 
 @pytest.mark.parametrize(
@@ -252,12 +303,12 @@ def test_arranging_prompts():
     [(4, [16, 16], [2, 2]), (5, [16, 16], [3, 2]), (3, [30, 1, 1], [1, 1, 1]), (10, [30, 1, 1], [8, 1, 1])],
 )
 def test_images_share_a_budget(keep, counts, shares):
-    assert shared(keep, counts) == shares and sum(shares) == keep
+    assert share_tokens(keep, counts) == shares and sum(shares) == keep
 
 
 def test_fewer_tokens_than_images():
     with pytest.raises(ValueError, match="1 visual tokens cannot be shared among 2 images"):
-        shared(1, [4, 4])
+        share_tokens(1, [4, 4])
 
 
 @pytest.mark.parametrize(
@@ -293,7 +344,7 @@ def test_a_processor_that_needs_torchvision_says_what_to_install(tmp_path):
         load_processor(tmp_path)
 
 
-@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_geometry_follows_the_config(family):
     """Visual tokens of a real image, from the geometry alone where tiles are fixed."""
     loaded = loaded_of(family)

@@ -23,9 +23,12 @@ from tiny_models import (
 from budgets.geometry import from_config
 from budgets.registry import METHODS
 from budgets.schedule import dense
+from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import install, running
 from visor.engine.positions import close_gaps
 from visor.families.base import adapter_for
+
+pytestmark = pytest.mark.compat
 
 TOLERANCE = 2e-4
 MODES = {
@@ -132,7 +135,7 @@ def test_second_turn_on_the_cache_equals_one_long_prompt(family):
         said = torch.cat([first.sequences[:, prompt["input_ids"].shape[1] :], torch.full((2, 4), 11)], 1)
         longer = continued(prompt, said)
         turn = {name: x for name, x in longer.items() if name in ("input_ids", "attention_mask")}
-        second = generate(model, turn, 3, past_key_values=first.past_key_values)
+        second = generate(model, turn, 3, **{CACHE: cache_of(first)})
     with running(model, plan, keep_masks=masks):
         fresh = generate(model, longer, 3)
     assert torch.equal(second.sequences, fresh.sequences)

@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from budgets.registry import METHODS
 from budgets.schedule import LayerOp, Reduction, Schedule, dense
 from visor.engine.decoder import install
-from visor.inference import checkpoint
-from visor.inference import generation as greedy
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel, checkpoint
+from visor.inference.generation import stop_ids, truncate_at_stop
 from visor.vision.encode import taps_of
 
 QUESTIONS = ("what is it?", "how many dots are there in the second row?", "hi")
@@ -99,10 +98,10 @@ def test_dense_is_hugging_face_to_the_token(loaded, prepared):
 
 
 def test_an_answer_ends_at_the_stop_token(loaded):
-    stop = greedy.stop_ids(loaded.model)
+    stop = stop_ids(loaded.model)
     assert stop == {2}
-    assert greedy.until_stop([20, 21, 2, 0, 0], stop) == [20, 21]
-    assert greedy.until_stop([20, 21], stop) == [20, 21]
+    assert truncate_at_stop([20, 21, 2, 0, 0], stop) == [20, 21]
+    assert truncate_at_stop([20, 21], stop) == [20, 21]
 
 
 # --- mixes ----------------------------------------------------------------------------------------------------------

@@ -19,8 +19,11 @@ import visor.engine.decoder
 from budgets.costs import price
 from budgets.geometry import from_config
 from budgets.schedule import dense
+from visor.engine.compat import CACHE, cache_of
 from visor.model.conversion import convert
 from visor.model.modeling import VisorForConditionalGeneration
+
+pytestmark = pytest.mark.compat
 
 TOLERANCE = 1e-4
 LOGITS = dict(return_dict_in_generate=True, output_logits=True)
@@ -205,14 +208,25 @@ def test_attention_kernel_reaches_the_base(tmp_path):
         assert torch.allclose(model(**prompt).logits, model_of("llava")(**prompt).logits, atol=TOLERANCE)
 
 
-def test_import_is_cheap_and_registers():
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import visor\nassert not {'torch', 'transformers'} & set(sys.modules), 'import visor imports torch'",
+        "import transformers, visor",
+        "import visor, transformers\ntransformers.AutoModelForImageTextToText",
+        "import visor.model.configuration",
+        "import visor.model.modeling",
+        "import visor.model.registration as r\nr.register()\nr.register()",
+    ],
+)
+def test_import_is_cheap_and_registers_whatever_comes_first(first):
     code = (
-        "import sys, visor\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules), 'import visor imports torch or transformers'\n"
+        f"import sys\n{first}\n"
         "from transformers import AutoConfig, AutoModelForImageTextToText\n"
         "config = AutoConfig.for_model('visor', cross_layers=[0], self_layers=[1])\n"
         "kind = AutoModelForImageTextToText._model_mapping[type(config)]\n"
         "assert kind.__name__ == 'VisorForConditionalGeneration', kind\n"
+        "assert not [f for f in sys.meta_path if 'AfterImport' in type(f).__name__]\n"
     )
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
 
@@ -395,7 +409,7 @@ def test_what_is_missing_is_named():
     with torch.no_grad():
         first = model(**prompt, configuration=0, use_cache=True)
     with pytest.raises(ValueError, match="give the configuration with the prompt"):
-        model(prompt["input_ids"][:, -1:], past_key_values=first.past_key_values, configuration=1)
+        model(prompt["input_ids"][:, -1:], **{CACHE: cache_of(first)}, configuration=1)
 
 
 def test_image_tokens_that_do_not_match_the_image():
@@ -408,7 +422,7 @@ def test_image_tokens_that_do_not_match_the_image():
 
 
 def test_weights_of_another_base(tmp_path):
-    from visor.inference.loaded_model import LoadedModel
+    from visor.inference import LoadedModel
 
     model = convert(make_llava())
     model.save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from visor_models import CONFIGURATIONS, CROSS_LAYERS, SLOTS, wake_cross_blocks
 from budgets import policies
 from budgets.policies import cost_aware
 from budgets.schedule import dense
-from visor.inference.loaded_model import LoadedModel
+from visor.inference import LoadedModel
 from visor.model.conversion import convert
 from visor.model.selection import Request, relative_costs
 

@@ -7,8 +7,8 @@ import torch
 
 from budgets.registry import METHODS
 from budgets.schedule import dense
+from visor.inference import LoadedModel
 from visor.inference.checkpoint import CHECKPOINTS, embedded_names, read_card, weight_files
-from visor.inference.loaded_model import LoadedModel
 from visor.worlds.worlds import scene
 
 NAMES = embedded_names()

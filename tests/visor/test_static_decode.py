@@ -5,8 +5,11 @@ import torch
 from schedules import schedules
 from tiny_models import make_model, make_prompt, positions_in_generate, visual_counts, wake_cross_blocks
 
+from visor.engine.compat import CACHE, cache_of
 from visor.engine.decoder import install, running
 from visor.engine.static_decode import FixedDecode
+
+pytestmark = pytest.mark.compat
 
 NUM_TOKENS = 6
 CASES = {
@@ -31,7 +34,7 @@ def prefilled(model, name, device="cpu"):
     with torch.no_grad(), running(model, plan):
         output = model(**prompt, position_ids=numbers, use_cache=True)
     first = output.logits[:, -1:].argmax(-1)
-    return output.past_key_values, first, numbers[:, -1:] + 1, plan, prompt["attention_mask"]
+    return cache_of(output), first, numbers[:, -1:] + 1, plan, prompt["attention_mask"]
 
 
 def growing(model, cache, ids, positions, plan, mask):
@@ -40,7 +43,7 @@ def growing(model, cache, ids, positions, plan, mask):
     with torch.no_grad(), running(model, plan):
         for _ in range(NUM_TOKENS):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            output = model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
             ids, positions = output.logits[:, -1:].argmax(-1), positions + 1
             found.append(ids)
     return torch.cat(found, 1)

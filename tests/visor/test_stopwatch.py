@@ -36,7 +36,7 @@ def test_the_text_and_the_count_are_part_of_choosing(name):
     vision = loaded.encode([sample], taps_of(schedules))
     with scoring_clock() as clock:
         schedules = loaded.resolve(vision, schedules)
-        loaded.assemble([sample], vision, schedules)
+        loaded.collate([sample], vision, schedules)
     assert clock.num_calls == 2 and clock.wall_ms_at["features"] == clock.wall_ms > 0
 
 

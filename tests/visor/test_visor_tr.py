@@ -4,13 +4,15 @@ import functools
 
 import pytest
 import torch
+import transformers
 from tiny_checkpoint import NUM_VISUAL, make_image, make_llava, make_processor
 from tiny_models import PAD, make_prompt
 from visor_models import CROSS_LAYERS, SLOTS, make_visor
 
 from budgets.costs import price
 from budgets.registry import METHODS
-from visor.inference.loaded_model import LoadedModel
+from visor.engine.compat import CACHE, cache_of
+from visor.inference import LoadedModel
 from visor.model.conversion import convert
 from visor.vision.encode import taps_of
 
@@ -131,6 +133,58 @@ def test_budget_and_router_see_the_shorter_prompt():
     assert output.logits.shape[1] == int(real.max())
     assert sequences.shape == (4, prompt["input_ids"].shape[1] + 3)
     assert torch.equal(sequences[::2, : prompt["input_ids"].shape[1]], prompt["input_ids"])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@torch.no_grad()
+def test_a_second_turn_feeds_what_the_cache_has_not_seen(beams):
+    """The ids that come back are the given ones, so the cache must count them; and positions go on where it ends."""
+    model = checkpoint_model("pooling_by").model
+    _, inputs = inputs_of(checkpoint_model())
+    length, fed = inputs["input_ids"].shape[1], []
+    options = dict(do_sample=False, return_dict_in_generate=True, num_beams=beams, configuration=1)
+    first = model.generate(**inputs, max_new_tokens=3, **options)
+    more = torch.full((2, 5), 9)
+    ids = torch.cat([first.sequences, more], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, ids.shape[1] - length, dtype=torch.long)], 1)
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda m, args, kwargs: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    assert cache_of(first).get_seq_length() == length + 2
+    assert cache_of(first).layers[0].shift_B1.shape == (2 * beams, 1)
+    if beams == 1:
+        second = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False,
+                                **{CACHE: cache_of(first)})  # fmt: skip
+        assert fed[0] == 6  # the last answer token, which no forward has seen, and the new turn
+        recomputed = model.generate(
+            input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], max_new_tokens=3, do_sample=False,
+            configuration=1,
+        )  # fmt: skip
+        assert torch.equal(second, recomputed)
+    hook.remove()
+
+
+@pytest.mark.parametrize("given", ["keyword", "config", "own"])
+@torch.no_grad()
+def test_total_lengths_count_the_prompt_as_it_was_given(given):
+    model = checkpoint_model("pooling_by").model
+    _, inputs = inputs_of(checkpoint_model())
+    length, own = inputs["input_ids"].shape[1], model.generation_config
+    total = transformers.GenerationConfig(max_length=length + 4, min_length=length + 4, do_sample=False, pad_token_id=0)
+    if given == "keyword":
+        found = model.generate(**inputs, max_length=length + 4, min_length=length + 4, do_sample=False)
+    elif given == "config":
+        found = model.generate(**inputs, generation_config=total)
+        assert total.max_length == length + 4, "the caller's own config stays as it is"
+    else:
+        model.generation_config = total
+        try:
+            found = model.generate(**inputs)
+        finally:
+            model.generation_config = own
+    assert found.shape[1] == length + 4
+    with pytest.raises(ValueError, match=f"the prompt has {length} tokens"):
+        model.generate(**inputs, max_length=length, do_sample=False)
 
 
 def test_what_a_reduction_cannot_do():

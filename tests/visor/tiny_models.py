@@ -5,6 +5,7 @@ Tests say `from tiny_models import ...`: conftest.py puts this folder on the pat
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,9 +13,25 @@ import transformers
 from torch import Tensor, nn
 
 VOCABULARY, IMAGE_TOKEN, VIDEO_TOKEN, PAD = 300, 290, 291, 0
+INDICATORS = [294, 295, 296, 297, 298]  # Ovis2's, which stand between the tiles of an image
 FAMILIES = ("llava", "llava_onevision")  # the engine's tests; all families stand in test_families*.py
-NEW_FAMILIES = ("llava_next", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "internvl")
+CLASSES = {
+    "llava_next": "LlavaNext", "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL",
+    "qwen3_vl_moe": "Qwen3VLMoe", "glm4v": "Glm4v", "glm46v": "Glm46V", "smolvlm": "SmolVLM", "idefics3": "Idefics3",
+    "internvl": "InternVL", "vipllava": "VipLlava", "pixtral": "Llava", "mistral3": "Mistral3", "ovis2": "Ovis2",
+}  # fmt: skip
+WINDOWED_CLASSES = {"gemma3": "Gemma3", "aya_vision": "AyaVision"}
+"""Families whose decoder layers see a window: schedules stop before the decoder."""
+
+
+def _present(classes: dict[str, str]) -> tuple[str, ...]:
+    """Those that this version of transformers has."""
+    return tuple(name for name, cls in classes.items() if hasattr(transformers, f"{cls}ForConditionalGeneration"))
+
+
+NEW_FAMILIES, WINDOWED_FAMILIES = _present(CLASSES), _present(WINDOWED_CLASSES)
 ALL_FAMILIES = (*FAMILIES, *NEW_FAMILIES)
+QWEN_LIKE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v")
 NUM_LAYERS = 6
 
 
@@ -69,18 +86,26 @@ def _qwen_vl(num_layers: int, family: str) -> tuple[type, Any]:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
     )  # fmt: skip
     tower = dict(depth=3, hidden_size=32, intermediate_size=64, num_heads=4, out_hidden_size=64)
-    tokens = dict(
-        image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, vision_start_token_id=292, vision_end_token_id=293,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    if family == "qwen2_5_vl":
+    tokens = dict(image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, tie_word_embeddings=False)
+    if family.startswith("glm"):
+        text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+        tower |= dict(patch_size=14, image_size=112)
+        tokens |= dict(image_start_token_id=292, image_end_token_id=293)
+        if family == "glm46v":
+            text, tower = {"model_type": "glm4v_text", **text}, {"model_type": "glm4v_vision", **tower}
+    else:
+        tokens |= dict(vision_start_token_id=292, vision_end_token_id=293)
+    if family == "qwen2_vl":
+        tower = dict(depth=3, embed_dim=32, hidden_size=64, mlp_ratio=2, num_heads=4, patch_size=14)
+    elif family == "qwen2_5_vl":
         tower |= dict(patch_size=14, window_size=56, fullatt_block_indexes=[1])
-        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=tower, **tokens)
-        return transformers.Qwen2_5_VLForConditionalGeneration, config
-    text["head_dim"] = 16
-    tower |= dict(patch_size=16, deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config=tower, **tokens)
-    return transformers.Qwen3VLForConditionalGeneration, config
+    elif family.startswith("qwen3"):
+        text["head_dim"] = 16
+        tower |= dict(patch_size=16, deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
+    if family == "qwen3_vl_moe":  # experts in all layers but the first
+        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[0])
+    config = getattr(transformers, f"{CLASSES[family]}Config")(text_config=text, vision_config=tower, **tokens)
+    return getattr(transformers, f"{CLASSES[family]}ForConditionalGeneration"), config
 
 
 def _idefics3(num_layers: int, prefix: str) -> tuple[type, Any]:
@@ -107,16 +132,83 @@ def _internvl(num_layers: int) -> tuple[type, Any]:
     return transformers.InternVLForConditionalGeneration, config
 
 
+def _vipllava(num_layers: int) -> tuple[type, Any]:
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
+    )
+    config = transformers.VipLlavaConfig(
+        vision_config=tower, text_config=_text_config(transformers.LlamaConfig, 4, num_layers),
+        image_token_id=IMAGE_TOKEN, image_seq_length=16, vision_feature_layer=[-2, 1],
+    )  # fmt: skip
+    return transformers.VipLlavaForConditionalGeneration, config
+
+
+def _pixtral(num_layers: int, family: str) -> tuple[type, Any]:
+    tower = transformers.PixtralVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=112, patch_size=14
+    )
+    text = _text_config(transformers.MistralConfig, 2, num_layers)
+    text.sliding_window = None
+    options = dict(vision_config=tower, text_config=text, image_token_id=IMAGE_TOKEN, vision_feature_layer=-1,
+                   tie_word_embeddings=False)  # fmt: skip
+    if family == "mistral3":
+        return transformers.Mistral3ForConditionalGeneration, transformers.Mistral3Config(**options)
+    config = transformers.LlavaConfig(**options, vision_feature_select_strategy="full")
+    return transformers.LlavaForConditionalGeneration, config
+
+
+def _ovis2(num_layers: int) -> tuple[type, Any]:
+    tower = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14,
+        vocab_size=40, hidden_stride=2, num_visual_indicator_tokens=5,
+    )  # fmt: skip
+    config = transformers.Ovis2Config(
+        vision_config=tower, text_config=_text_config(transformers.Qwen2Config, 2, num_layers), hidden_size=64,
+        vocab_size=VOCABULARY, image_token_id=IMAGE_TOKEN, visual_indicator_token_ids=INDICATORS,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.Ovis2ForConditionalGeneration, config
+
+
+def _windowed(num_layers: int, family: str) -> tuple[type, Any]:
+    """Every other layer sees 8 tokens."""
+    tower = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, patch_size=14,
+        image_size=112 if family == "gemma3" else 56, vision_use_head=False,
+    )  # fmt: skip
+    kind = transformers.Gemma3TextConfig if family == "gemma3" else transformers.Cohere2Config
+    text = _text_config(kind, 2, num_layers)
+    text.sliding_window, text.head_dim = 8, 16
+    text.layer_types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(num_layers)]
+    options = dict(vision_config=tower, text_config=text, image_token_id=IMAGE_TOKEN, tie_word_embeddings=False)
+    if family == "gemma3":
+        options |= dict(mm_tokens_per_image=16, boi_token_id=292, eoi_token_id=293)
+    cls = WINDOWED_CLASSES[family]
+    config = getattr(transformers, f"{cls}Config")(**options)
+    return getattr(transformers, f"{cls}ForConditionalGeneration"), config
+
+
 CONFIGS = {
     "llava": _llava,
     "llava_onevision": _llava_onevision,
     "llava_next": _llava_next,
-    "qwen2_5_vl": lambda layers: _qwen_vl(layers, "qwen2_5_vl"),
-    "qwen3_vl": lambda layers: _qwen_vl(layers, "qwen3_vl"),
+    "vipllava": _vipllava,
+    **{family: functools.partial(_qwen_vl, family=family) for family in QWEN_LIKE},
     "smolvlm": lambda layers: _idefics3(layers, "SmolVLM"),
     "idefics3": lambda layers: _idefics3(layers, "Idefics3"),
     "internvl": _internvl,
+    "pixtral": lambda layers: _pixtral(layers, "pixtral"),
+    "mistral3": lambda layers: _pixtral(layers, "mistral3"),
+    "ovis2": _ovis2,
+    "gemma3": lambda layers: _windowed(layers, "gemma3"),
+    "aya_vision": lambda layers: _windowed(layers, "aya_vision"),
 }
+
+
+def family_of(model: nn.Module) -> str:
+    """The name of a tiny model here: its `model_type`, but for Pixtral, which LLaVA's class runs."""
+    is_pixtral = model.config.model_type == "llava" and model.config.vision_config.model_type == "pixtral"
+    return "pixtral" if is_pixtral else model.config.model_type
 
 
 def make_model(family: str, attention: str = "sdpa", num_layers: int = NUM_LAYERS, seed: int = 0) -> nn.Module:
@@ -128,7 +220,7 @@ def make_model(family: str, attention: str = "sdpa", num_layers: int = NUM_LAYER
     model.generation_config.pad_token_id = PAD
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim >= 2 and not weight.any():  # InternVL's CLS and positions
+            if weight.ndim >= 2 and not weight.any():  # InternVL's CLS and positions, Gemma's projector
                 weight.normal_()
             if weight.ndim >= 2:
                 weight.mul_(20.0 if "embed_tokens" in name or "lm_head" in name else 6.0)
@@ -158,14 +250,15 @@ def make_prompt(model: nn.Module, batch: int, seed: int = 1, no_image: tuple[int
     rows = []
     for i in range(batch):
         pieces = [words(3)]
-        for length in blocks[pictured.index(i)] if i in pictured else []:
-            pieces += [torch.full((length,), IMAGE_TOKEN), words(2)]
+        for number, length in enumerate(blocks[pictured.index(i)] if i in pictured else []):
+            between = torch.tensor([INDICATORS[number % 5]]) if family_of(model) == "ovis2" else words(2)
+            pieces += [torch.full((length,), IMAGE_TOKEN), between]
         rows.append(torch.cat([*pieces, words((7, 3, 5)[i % 3])]))
     longest = max(map(len, rows))
     prompt = {}
     prompt["input_ids"] = torch.stack([torch.cat([torch.full((longest - len(r),), PAD), r]) for r in rows])
     prompt["attention_mask"] = torch.stack([(torch.arange(longest) >= longest - len(r)).long() for r in rows])
-    if model.config.model_type.startswith("qwen"):
+    if family_of(model) in QWEN_LIKE:
         prompt["mm_token_type_ids"] = (prompt["input_ids"] == IMAGE_TOKEN).int()
     return {**prompt, **images}
 
@@ -173,14 +266,26 @@ def make_prompt(model: nn.Module, batch: int, seed: int = 1, no_image: tuple[int
 def images_of(model: nn.Module, count: int, generator: torch.Generator) -> tuple[dict[str, Tensor], list[list[int]]]:
     """What a processor would make of `count` images, one a sample, of differing sizes where the family allows it; and
     for each image the lengths of its blocks of image tokens in the prompt."""
-    family, side = model.config.model_type, (count, 3, 56, 56)
-    if family == "llava":
+    family, side = family_of(model), (count, 3, 56, 56)
+    if family in ("llava", "vipllava"):
         return {"pixel_values": torch.randn(side, generator=generator)}, [[16]] * count
+    if family == "gemma3":
+        return {"pixel_values": torch.randn(count, 3, 112, 112, generator=generator)}, [[16]] * count
     if family == "internvl":
         return {"pixel_values": torch.randn(side, generator=generator)}, [[4]] * count
     if family in ("smolvlm", "idefics3"):  # two tiles and the whole image: three blocks
         return {"pixel_values": torch.randn(count, 3, 3, 56, 56, generator=generator)}, [[4, 4, 4]] * count
-    if family.startswith("qwen"):
+    if family == "aya_vision":  # four tiles and the whole image
+        return {"pixel_values": torch.randn(5 * count, 3, 56, 56, generator=generator)}, [[4] * 5] * count
+    if family == "ovis2":  # the whole image and two tiles
+        pixels = torch.randn(3 * count, 3, 56, 56, generator=generator)
+        return {"pixel_values": pixels}, [[4, 4, 4]] * count
+    if family in ("pixtral", "mistral3"):  # a block a row
+        sizes = torch.tensor([[84, 56], [56, 112], [28, 84]] * count)[:count]
+        side = 14 if family == "pixtral" else 28
+        blocks = [[width // side] * (height // side) for height, width in sizes.tolist()]
+        return {"pixel_values": torch.randn(count, 3, 84, 112, generator=generator), "image_sizes": sizes}, blocks
+    if family in QWEN_LIKE:
         patch = model.config.vision_config.patch_size
         grids = torch.tensor([[1, 8, 8], [1, 4, 6], [1, 6, 8]] * count)[:count]
         pixels = torch.randn(int(grids.prod(-1).sum()), 3 * 2 * patch**2, generator=generator)
@@ -199,6 +304,8 @@ def single(prompt: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     one = {name: prompt[name][row : row + 1] for name in prompt}
     if "image_grid_thw" in prompt:  # Qwen-VL: the patches of all images in one row
         one["pixel_values"] = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(-1).tolist())[row]
+    elif len(prompt["pixel_values"]) != len(prompt["input_ids"]):  # the tiles of all images in one row, as many each
+        one["pixel_values"] = prompt["pixel_values"].chunk(len(prompt["input_ids"]))[row]
     by_token = ("input_ids", "attention_mask", "mm_token_type_ids")
     return {name: x[:, real] if name in by_token else x for name, x in one.items()}
 

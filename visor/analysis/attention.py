@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from visor.analysis.observe import visual_places, watch
+from visor.analysis.observe import observe, visual_places
 from visor.engine.compat import rotated_heads
 from visor.engine.streams import take
 
 if TYPE_CHECKING:
-    from visor.inference.loaded_model import LoadedModel
-    from visor.inference.prompt import PreparedSample
+    from visor.inference import LoadedModel
     from visor.vision.features import VisionFeatures
+    from visor.vision.prepared import PreparedSample
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ def attention_mass(loaded: LoadedModel, prepared: PreparedSample, vision: Vision
         raise ValueError("no text follows the image in this prompt, so none of it can attend to the image")
     decoder, by_layer = loaded.adapter.decoder, []
 
-    def look(layer: int, hidden_1ND: Tensor, rotary: Any) -> None:
+    def observer(layer: int, hidden_1ND: Tensor, rotary: Any) -> None:
         if layer < len(decoder.layers):
             by_layer.append(mass_of_rows(decoder.layers[layer], hidden_1ND, rotary, rows_T, places_V).cpu())
 
-    watch(loaded, prepared, vision, look)
+    observe(loaded, prepared, vision, observer)
     mass_LT = torch.stack(by_layer)
     return AttentionMass(tuple(mass_LT.mean(1).tolist()), tuple(mass_LT[:, -1].tolist()))
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visor.analysis.observe import visual_places, watch
+from visor.analysis.observe import observe, visual_places
 
 if TYPE_CHECKING:
-    from visor.inference.loaded_model import LoadedModel
-    from visor.inference.prompt import PreparedSample
+    from visor.inference import LoadedModel
     from visor.vision.features import VisionFeatures
+    from visor.vision.prepared import PreparedSample
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def similarity_to_first(loaded: LoadedModel, prepared: PreparedSample, vision: V
     first: list[Tensor] = []
     cross, own = [], []
 
-    def look(layer: int, hidden_1ND: Tensor, _rotary: Any) -> None:
+    def observer(layer: int, hidden_1ND: Tensor, _rotary: Any) -> None:
         if layer == 0:
             return  # what enters the decoder; its first layer's output is the reference
         kernel_NN = gram(hidden_1ND[0, places_V.to(hidden_1ND.device)])
@@ -73,7 +73,7 @@ def similarity_to_first(loaded: LoadedModel, prepared: PreparedSample, vision: V
         cross.append(hsic(first[0], kernel_NN))
         own.append(hsic(kernel_NN, kernel_NN))
 
-    watch(loaded, prepared, vision, look)
+    observe(loaded, prepared, vision, observer)
     return LayerSimilarity(tuple(cross), tuple(own), own[0])
 
 

@@ -1,4 +1,4 @@
-"""Looking at a dense prefill layer by layer, without storing it: a function is called with what enters each layer.
+"""Observation of a dense prefill layer by layer, without storing it: a function is called with what enters each layer.
 
 Shapes: B batch (always 1 here), N prompt tokens, D hidden width.
 """
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 from budgets.schedule import dense
 
 if TYPE_CHECKING:
-    from visor.inference.loaded_model import LoadedModel
-    from visor.inference.prompt import PreparedSample
+    from visor.inference import LoadedModel
     from visor.vision.features import VisionFeatures
+    from visor.vision.prepared import PreparedSample
 
-Look = Callable[[int, Tensor, Any], None]
-"""Called as look(layer, hidden [1, N, D], rotary): what enters `layer`; rotary is None after the last one."""
+Observer = Callable[[int, Tensor, Any], None]
+"""Called as observer(layer, hidden [1, N, D], rotary): what enters `layer`; rotary is None after the last one."""
 
 
 @contextmanager
-def looking(decoder: nn.Module, look: Look) -> Iterator[None]:
-    """Within it, every forward of a layer is shown to `look`; index `num_layers` is what leaves the last layer."""
+def observing(decoder: nn.Module, observer: Observer) -> Iterator[None]:
+    """Within it, every forward of a layer is shown to `observer`; index `num_layers` is what leaves the last layer."""
     last = len(decoder.layers)
 
     def before(layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            look(layer, args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings"))
+            observer(layer, args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings"))
 
         return hook
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> None:
-        look(last, output if isinstance(output, Tensor) else output[0], None)
+        observer(last, output if isinstance(output, Tensor) else output[0], None)
 
     handles = [layer.register_forward_pre_hook(before(i), with_kwargs=True) for i, layer in enumerate(decoder.layers)]
     handles.append(decoder.layers[-1].register_forward_hook(after))
@@ -47,9 +47,9 @@ def looking(decoder: nn.Module, look: Look) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def watch(loaded: LoadedModel, prepared: PreparedSample, vision: VisionFeatures, look: Look) -> None:
-    """Run one sample's prompt densely under the eyes of `look`."""
-    with looking(loaded.adapter.decoder, look):
+def observe(loaded: LoadedModel, prepared: PreparedSample, vision: VisionFeatures, observer: Observer) -> None:
+    """Run one sample's prompt densely, with `observer` called at each layer."""
+    with observing(loaded.adapter.decoder, observer):
         loaded.prefill([prepared], [vision], [dense(loaded.geometry.num_layers, prepared.num_visual)])
 
 

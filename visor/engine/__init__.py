@@ -4,14 +4,7 @@
 `families.base`, and no method or family; `vision/` and everything above it may import it.
 """
 
-from typing import Any
+from visor._lazy import handed_on
 
 __all__ = ["ElasticDecoder", "install", "running"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from visor.engine import decoder  # torch and transformers, only when something is asked for
-
-    return getattr(decoder, name)
+__getattr__ = handed_on(__name__, {"ElasticDecoder": "decoder", "install": "decoder", "running": "decoder"})

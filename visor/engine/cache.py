@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visor.engine.compat import Cache, DynamicCache, DynamicLayer
+from visor.engine.compat import CACHE, Cache, DynamicCache, DynamicLayer
 
 
 class ElasticLayer(DynamicLayer):
@@ -136,6 +136,22 @@ class ElasticCache(DynamicCache):
         """
         self.num_skipped, self.num_fixed = prompt_length - super().get_seq_length(0), num_fixed
 
+    def count_as(self, num_more: int, fall_B1: Tensor) -> None:
+        """Count a prompt as longer than it ran: tokens were left out before the decoder that the caller still has.
+
+        From here on later tokens come with position ids that count those tokens too; they fall by as many, so that
+        they land where the shortened prompt ends.
+
+        Args:
+            num_more: columns that the given prompt has more.
+            fall_B1: real tokens of each sample that were left out; beams of a sample stand next to each other.
+        """
+        self.num_skipped += num_more
+        self.num_fixed += num_more
+        for layer in self.layers:
+            fall = fall_B1.to(layer.keys.device).repeat_interleave(layer.keys.shape[0] // len(fall_B1), 0)
+            layer.shift_B1 = fall if layer.shift_B1 is None else layer.shift_B1 + fall
+
     def join(self, start: int, parts: Sequence[tuple[Sequence[int], ElasticCache]]) -> None:
         """Fill the layers from `start` on with what groups of rows have cached, each in a cache of its own.
 
@@ -146,6 +162,13 @@ class ElasticCache(DynamicCache):
         for i in range(start, len(self.layers)):
             layers = [part.layers[i] for _, part in parts]
             self.layers[i].join(layers, order.to(layers[0].keys.device))
+
+    @classmethod
+    def can_be(cls, cache: Cache | None) -> bool:
+        """True if `adopt` takes this cache."""
+        if cache is None or isinstance(cache, cls):
+            return True
+        return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
 
     @classmethod
     def adopt(cls, cache: Cache | None, num_layers: int) -> ElasticCache | None:
@@ -160,7 +183,7 @@ class ElasticCache(DynamicCache):
             raise ValueError(
                 f"schedules run on a DynamicCache without offloading, got {type(cache).__name__}"
                 f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: static, quantized and offloaded "
-                "caches give every layer one length. Leave `cache_implementation` and `past_key_values` unset."
+                f"caches give every layer one length. Leave `cache_implementation` and `{CACHE}` unset."
             )
         if cache.get_seq_length() > 0:
             raise ValueError(

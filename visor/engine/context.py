@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from budgets.schedule import LayerMode
-from visor.engine.compat import rotated_heads
+from visor.engine.compat import rotated_heads, rotated_ones
 from visor.engine.streams import PromptStreams, take
 
 
@@ -121,9 +121,22 @@ class LayerContext:
         """Softmax attention of some query rows to all live tokens, mean over heads and rows, in fp32: [B, N].
 
         Args:
+            queries, layer: see `attention_heads`.
+            weights: of each query row [B, Q] in the mean; by default all count the same.
+        """
+        rows_BQN = self.attention_heads(queries, layer).mean(1)
+        if weights is None:
+            return rows_BQN.mean(1)
+        # A padded row saw nothing and is NaN; where, because 0 * NaN would stay NaN.
+        rows_BQN = torch.where(weights[..., None] > 0, rows_BQN, 0) * weights[..., None]
+        return rows_BQN.sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-12)
+
+    def attention_heads(self, queries: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """Softmax attention of some query rows to all live tokens, in fp32: [B, H, Q, N].
+
+        Args:
             queries: indices [B, Q] of live tokens; by default the last prompt token.
             layer: the layer before (default), as it ran; or the layer about to run, on the tokens before reduction.
-            weights: of each query row [B, Q] in the mean; by default all count the same.
 
         Raises:
             ValueError: that layer did not attend to visual tokens, or is another one.
@@ -151,12 +164,18 @@ class LayerContext:
         logits_BHQN = (q_BGXd @ keys.transpose(-1, -2)).view(batch, heads, rows, -1).float() * attention.scaling
         order_N = torch.arange(logits_BHQN.shape[-1], device=logits_BHQN.device)
         seen_B1QN = (self.valid_BN[:, None] & (order_N <= queries[..., None]))[:, None]
-        rows_BQN = logits_BHQN.masked_fill(~seen_B1QN, -torch.inf).softmax(-1).mean(1)
-        if weights is None:
-            return rows_BQN.mean(1)
-        # A padded row saw nothing and is NaN; where, because 0 * NaN would stay NaN.
-        rows_BQN = torch.where(weights[..., None] > 0, rows_BQN, 0) * weights[..., None]
-        return rows_BQN.sum(1) / weights.sum(1, keepdim=True).clamp(min=1e-12)
+        return logits_BHQN.masked_fill(~seen_B1QN, -torch.inf).softmax(-1)
+
+    def rotary_kernel(self, queries: Tensor) -> Tensor:
+        """What RoPE alone makes of attention: the product of an all-ones query at some tokens and an all-ones key at
+        all live tokens, over sqrt(head width), in fp32: [B, Q, N]. It depends on their distance only.
+
+        Args:
+            queries: indices [B, Q] of live tokens.
+        """
+        attention, (cos, sin) = self.decoder.layers[self.layer - 1].self_attn, self.streams.full.rotary
+        keys_BNd = rotated_ones(attention, (cos.float(), sin.float()))
+        return take(keys_BNd, queries) @ keys_BNd.transpose(1, 2) * attention.head_dim**-0.5
 
 
 @dataclass(frozen=True)

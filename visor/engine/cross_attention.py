@@ -122,6 +122,24 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         return text_BTD + read_BTD, (keys, values)
 
 
+def weight_placement(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for new weights beside those of the first module that has some to go by.
+
+    The layers of a quantised model hold integers (or one-byte floats), but their norms are in the dtype it computes in.
+
+    Raises:
+        ValueError: the weights are offloaded: where they will be is not known.
+    """
+    weights = [weight for module in modules for weight in module.parameters()]
+    if weights[0].device.type == "meta" and any(hasattr(each, "_hf_hook") for m in modules for each in m.modules()):
+        raise ValueError(
+            "the layers' weights are offloaded, and new blocks cannot be put beside them: call install (or "
+            "visor.convert) before accelerate's dispatch"
+        )
+    floats = [weight for weight in weights if weight.is_floating_point() and weight.element_size() > 1]
+    return weights[0].device, floats[0].dtype if floats else torch.get_default_dtype()
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" knows no autocast

@@ -2,8 +2,7 @@
 
 `install(model)` swaps the class of `model.get_decoder()` for a subclass whose forward owns the loop over the layers;
 the layers stay what they are. Parameter names, checkpoints, generate(), beams, gradient checkpointing and LoRA targets
-do not change, and outside `running(...)` the model is the unmodified one. Install before accelerate's hooks: they bind
-the old forward.
+do not change, and outside `running(...)` the model is the unmodified one.
 
     install(model)
     with running(model, schedules):
@@ -15,6 +14,7 @@ Shapes: B batch, N live tokens, P prompt length, D hidden width.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -25,18 +25,23 @@ from torch import Tensor, nn
 from budgets.schedule import LayerMode, Schedule
 from visor.engine.cache import ElasticCache
 from visor.engine.compat import (
+    CACHE,
     BaseModelOutputWithPast,
+    cache_argument,
     capture_outputs,
     causal_mask,
+    decoder_output,
     merge_with_config_defaults,
+    one_cache,
     register_recordable,
     start_weights,
 )
 from visor.engine.context import LayerContext
-from visor.engine.cross_attention import CrossAttentionBlock
+from visor.engine.cross_attention import CrossAttentionBlock, weight_placement
 from visor.engine.deepstack import DeepStack
-from visor.engine.execution import Choose, KeepMasks, KeepRecord, Run, parting_layer
+from visor.engine.execution import Choose, HeldChoices, KeepMasks, KeepRecord, Run, parting_layer
 from visor.engine.positions import fallen, rotary, split_position_ids
+from visor.engine.selfcheck import check_model
 from visor.engine.stopwatch import scoring
 from visor.engine.streams import PromptLayout, PromptStreams, TokenStream
 from visor.families.base import adapter_for
@@ -49,11 +54,13 @@ __all__ = ["ElasticDecoder", "LayerContext", "install", "running"]
 class ElasticDecoder:
     """Mixed into the class of a decoder by `install`. Holds nothing but the run it is in and the last run's record."""
 
-    _TRANSIENT = ("_run", "_layout", "_record")
+    _TRANSIENT = ("_run", "_layout", "_record", "_held", "_has_run")
     visual_source = "latest"
     _run: Run | None = None
     _layout: PromptLayout | None = None
     _record: KeepRecord | None = None
+    _held: HeldChoices | None = None
+    _has_run = True
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made at run time: pickle and deepcopy rebuild it from the family's own.
@@ -78,11 +85,12 @@ class ElasticDecoder:
             super()._init_weights(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        cache = kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
+        cache = args[3] if len(args) > 3 else cache_argument(kwargs)
         if self._run is None and not isinstance(cache, ElasticCache):
             return super().forward(*args, **kwargs)
-        if self._run is not None and self._run.unmodified:
+        if self._run is not None and (self._run.unmodified or self._run.is_plain and not ElasticCache.can_be(cache)):
             return super().forward(*args, **kwargs)
+        self._has_run = True
         return self._elastic_forward(*args, **kwargs)
 
     @merge_with_config_defaults
@@ -92,21 +100,23 @@ class ElasticDecoder:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         visual_pos_masks: Tensor | None = None,
         deepstack_visual_embeds: Sequence[Tensor] | None = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("the decoder takes exactly one of input_ids and inputs_embeds")
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
             raise ValueError("schedules need the 2D attention_mask [batch, length]: masks differ from layer to layer")
         hidden_BND = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = ElasticCache(len(self.layers))
-        cache = ElasticCache.adopt(past_key_values, len(self.layers))
+        if use_cache and cache is None:
+            cache = ElasticCache(len(self.layers))
+        cache = ElasticCache.adopt(cache, len(self.layers))
         num_seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(hidden_BND.shape[1], device=hidden_BND.device) + num_seen)[None]
@@ -128,7 +138,7 @@ class ElasticDecoder:
                     raise ValueError("texts packed into one row run without a cache; pass use_cache=False")
                 streams.full.segment_BN = segment_BP.to(hidden_BND.device)
             last_hidden_state = self._prefill(run, layout, streams, cache, call)
-        return BaseModelOutputWithPast(last_hidden_state=last_hidden_state, past_key_values=cache)
+        return decoder_output(self, last_hidden_state, cache)
 
     def _streams(
         self,
@@ -162,6 +172,13 @@ class ElasticDecoder:
         if any(method.reads_embeddings for method in run.methods.values()):
             streams.embedded_BPD = streams.full.hidden_BND
         self._record = KeepRecord(layout)
+        if cache is None and run.methods and not torch.compiler.is_compiling():
+            # Generation without a cache runs the prompt again at every step, with more text behind it. Scored anew,
+            # it would keep other tokens for every word of the answer.
+            if self._held is None or not self._held.holds_for(streams.full.hidden_BND):
+                self._held = HeldChoices(streams.full.hidden_BND.detach())
+        else:
+            self._held = None
         prompt_length, start = layout.visual_BP.shape[1], 0
         if run.choose is not None:
             start = parting_layer(run.schedules)
@@ -172,6 +189,8 @@ class ElasticDecoder:
         hidden_BPD = self._run_rows(start, run, rows, streams, cache, call, prompt_length)
         if cache is not None:
             cache.end_prefill(prompt_length, run.num_fixed(layout))
+            if not torch.compiler.is_compiling():
+                run.check_lengths(rows, layout, cache.layer_lengths, cache.cross_lengths)
         return hidden_BPD
 
     def _run_rows(
@@ -256,9 +275,13 @@ class ElasticDecoder:
                         f"keep_masks[{layer}]: {run.methods[layer].title} merges tokens, a mask is not all"
                     )
             else:
-                # A compiled graph has no place for a clock.
-                with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else scoring("decoder"):
-                    selection = run.methods[layer].select_tokens(context)
+                selection = None if self._held is None else self._held.selection(layer, streams)
+                if selection is None:
+                    # A compiled graph has no place for a clock.
+                    with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else scoring("decoder"):
+                        selection = run.methods[layer].select_tokens(context)
+                    if self._held is not None:
+                        self._held.add(layer, selection)
                 kept_BN = selection.kept_BN
                 if selection.hidden_BND is not None:
                     streams.rewrite(selection.hidden_BND, selection.source_BN)
@@ -324,7 +347,7 @@ class ElasticDecoder:
             attention_mask=mask,
             position_embeddings=stream.rotary,
             position_ids=None,  # flash attention would look for packed sequences in them, a device sync a layer
-            past_key_values=cache,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -349,24 +372,63 @@ def _note_prompt(inner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     Finds everything from the module it is called with, so that copies of a model have their own.
     """
     decoder = inner.get_decoder()
-    decoder._layout = None
+    decoder._layout, decoder._has_run = None, True
     if decoder._run is None or decoder._run.unmodified:
         return
-    adapter, cache = adapter_for(inner), kwargs.get("past_key_values")
+    decoder._has_run = decoder._run.is_plain  # a plain schedule may be left to the family's own forward
+    adapter, cache = adapter_for(inner), cache_argument(kwargs)
     fed = adapter.images_are_fed(kwargs)
     if cache is not None and cache.get_seq_length() > 0:
         if fed and not decoder._run.is_dense:
-            raise ValueError("new images in a later turn are not supported under a schedule; start a new conversation")
+            raise ValueError(
+                "images behind a cached prompt are not supported under a schedule: for new images in a later turn "
+                "start a new conversation; for a prompt cut into chunks leave prefill_chunk_size unset"
+            )
         return
     input_ids = kwargs.get("input_ids", args[0] if args else None)
     if input_ids is None:
-        if fed and decoder._run.visual_BP is None:
-            raise ValueError("a schedule finds the visual tokens in input_ids; pass them, or running(..., visual=mask)")
+        if fed and not decoder._run.is_dense:  # otherwise transformers would first look for them by itself
+            decoder._run.layout(None, kwargs["inputs_embeds"].shape[:2], kwargs.get("attention_mask"))
         return
     input_ids = input_ids.to("cpu")
     visual = torch.isin(input_ids, torch.tensor(adapter.image_token_ids)) if fed else torch.zeros_like(input_ids)
+    if fed and not visual.any() and decoder._run.visual_BP is None and not decoder._run.is_dense:
+        raise ValueError(
+            f"the prompt comes with pixels, but input_ids hold none of the image tokens {adapter.image_token_ids}: the "
+            "schedule would find no visual token. Pass the ids that the processor made, or running(..., visual=mask)"
+        )
     mask = kwargs.get("attention_mask")
     decoder._layout = PromptLayout.of(visual, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+
+
+def _check_ran(inner: nn.Module, args: tuple, output: Any) -> None:
+    """After the forward: a schedule that has not run is an error, not a dense answer."""
+    decoder = inner.get_decoder()
+    if not decoder._has_run:
+        decoder._has_run = True
+        raise ValueError(
+            f"the schedule did not run: the forward of {type(decoder).__name__} was replaced by one that calls the "
+            "family's own. Call visor.engine.install(model) again after whatever replaced it"
+        )
+
+
+def _rebind_hooked_forward(decoder: nn.Module, own_forward: Any) -> None:
+    """Let accelerate's hooks, where they were put on before `install`, call the elastic forward.
+
+    accelerate keeps the forward that it found as an attribute of the module, bound to the family's own class.
+
+    Raises:
+        ValueError: the forward was replaced by something that keeps no such attribute.
+    """
+    if "forward" not in decoder.__dict__:
+        return
+    hooked = decoder.__dict__.get("_old_forward")
+    if not hasattr(decoder, "_hf_hook") or getattr(hooked, "__func__", None) is not own_forward:
+        raise ValueError(
+            f"the forward of this {type(decoder).__name__} has been replaced on the module itself, and a schedule "
+            "would not run; install first, and wrap the model after that"
+        )
+    decoder._old_forward = types.MethodType(type(decoder).forward, decoder)
 
 
 def install(
@@ -384,7 +446,9 @@ def install(
         The same model.
 
     Raises:
-        ValueError: the family has no adapter, or a layer does not exist.
+        ValueError: the family has no adapter, a layer does not exist, the decoder's forward has been replaced, or the
+            weights that new blocks would be like are offloaded.
+        Unsupported: the installed transformers lacks what the engine calls (`visor.engine.selfcheck`).
     """
     adapter = adapter_for(model)
     decoder = adapter.decoder
@@ -392,8 +456,16 @@ def install(
     if wrong := [i for i in cross_layers if not 0 <= i < num_layers]:
         raise ValueError(f"cross_layers {wrong} do not exist: the decoder has layers 0 to {num_layers - 1}")
     if not isinstance(decoder, ElasticDecoder):
+        check_model(decoder, adapter.inner)
+        own_forward = type(decoder).forward
         decoder.__class__ = _elastic_class(type(decoder))
+        try:
+            _rebind_hooked_forward(decoder, own_forward)
+        except ValueError:
+            decoder.__class__ = type(decoder).__mro__[2]
+            raise
         adapter.inner.register_forward_pre_hook(_note_prompt, with_kwargs=True)
+        adapter.inner.register_forward_hook(_check_ran)
     if visual_source is not None:
         decoder.visual_source = visual_source
     if cross_layers and not hasattr(decoder, "cross_blocks"):
@@ -401,9 +473,8 @@ def install(
     for i in cross_layers:
         if str(i) in decoder.cross_blocks:
             continue
-        weight = next(decoder.layers[i].parameters())
-        block = CrossAttentionBlock(decoder.config, cross_kernel)
-        block = block.to(weight.device, weight.dtype).train(decoder.training)
+        device, dtype = weight_placement(decoder.layers[i])
+        block = CrossAttentionBlock(decoder.config, cross_kernel).to(device, dtype).train(decoder.training)
         if decoder.gradient_checkpointing:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = decoder.layers[i]._gradient_checkpointing_func
@@ -437,7 +508,8 @@ def running(
         choose: `schedules` are then alternatives. Before the layer where they first part it is called with the batch
             so far, and says by index which of them each row runs.
         stop: end there; what the model returns means nothing.
-        visual: which prompt tokens are visual, bool [B, P], where `input_ids` do not tell (a bare decoder call).
+        visual: which prompt tokens are visual, bool [B, P], where `input_ids` do not tell (a bare decoder call, images
+            merged into `inputs_embeds` by the caller).
 
     Raises:
         ValueError: not installed, or the schedule does not fit the model.
@@ -447,8 +519,8 @@ def running(
         raise ValueError(f"{type(model).__name__} cannot run schedules yet: call visor.engine.install(model) first")
     schedules = (schedules,) if isinstance(schedules, Schedule) else tuple(schedules)
     run = Run.of(decoder, schedules, keep_masks, visual, segments, choose, stop)
-    previous, decoder._run = decoder._run, run
+    previous, decoder._run, decoder._held = decoder._run, run, None
     try:
         yield model
     finally:
-        decoder._run, decoder._layout = previous, None
+        decoder._run, decoder._layout, decoder._held = previous, None, None

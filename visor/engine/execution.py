@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Positions, Schedule, dense
-from visor.engine.compat import uses_sliding_window
+from visor.engine.compat import attends_to_window
+from visor.engine.context import Selection
 from visor.engine.streams import PromptLayout, PromptStreams
 
 KeepMasks = Mapping[int, Sequence[Tensor]]
@@ -101,13 +103,14 @@ class Run:
             raise ValueError(f"keep_masks for layers {unknown}, the schedule reduces before {sorted(reductions)}")
         methods = {i: METHODS.get(r.method)(**dict(r.params)) for i, r in reductions.items()}
         run = cls(schedules, methods, False, keep_masks, visual, segments, choose, stop)
-        if not uses_sliding_window(decoder.config):
+        if not attends_to_window(decoder):
             return run
+        # The family's own forward makes the masks of such layers; the engine makes the causal mask only.
         if run.is_dense and segments is None:
             return cls(schedules, unmodified=True)
         raise ValueError(
-            "this decoder has sliding-window layers: their window counts cached tokens, and dropped tokens would widen "
-            "it. Only dense schedules run on it."
+            f"{type(decoder).__name__} has sliding-window layers (or chunked ones): their window counts cached tokens, "
+            "and dropped tokens would widen it. Only dense schedules run on it."
         )
 
     @property
@@ -117,13 +120,29 @@ class Run:
         return all(op.mode is LayerMode.SELF and op.reduce is None for op in ops)
 
     @property
+    def is_plain(self) -> bool:
+        """True if the run asks for nothing that the family's own forward does not do: dense, to the end, one text."""
+        return self.is_dense and self.choose is None and self.segment_BP is None and not self.stop
+
+    @property
     def positions(self) -> Positions:
         return self.schedules[0].positions
 
     def layout(self, noted: PromptLayout | None, shape: Sequence[int], attention_mask: Tensor | None) -> PromptLayout:
-        """The prompt's layout: what the caller of `running` gave, else what was noted from input_ids, else all text."""
+        """The prompt's layout: what the caller of `running` gave, else what was noted from input_ids.
+
+        Raises:
+            ValueError: neither is there, and the schedule needs to know; or `visual` has another shape.
+        """
         if noted is not None and self.visual_BP is None:
             return noted
+        if self.visual_BP is None and not self.is_dense:
+            # Embeddings look alike: taken for text, images would run as under a dense schedule, without a word.
+            raise ValueError(
+                "a schedule finds the visual tokens in input_ids, and there are none: pass input_ids and the pixels, "
+                "or say which tokens of inputs_embeds are visual: running(..., visual=mask), bool [batch, length], all "
+                "False for a prompt of text"
+            )
         if self.visual_BP is None and attention_mask is None:
             return PromptLayout.of_text(*shape)
         visual_BP = torch.zeros(*shape, dtype=torch.bool) if self.visual_BP is None else self.visual_BP
@@ -169,6 +188,39 @@ class Run:
             raise ValueError(f"rows {rows} have visual tokens outside segment 0; every text of a row sees its image")
         return self.segment_BP
 
+    def check_lengths(
+        self, rows: Sequence[Schedule], layout: PromptLayout, held: Sequence[int], cross: Sequence[int]
+    ) -> None:
+        """Compare what the layers have cached of a prompt with what the schedules say.
+
+        Args:
+            rows: the schedule of each row.
+            held, cross: by layer, the tokens that it holds, and the visual ones that its cross-attention block read.
+
+        Raises:
+            ValueError: they differ; the message names the first such layer.
+        """
+        visual, padded = list(layout.num_visual), layout.visual_BP.shape[1]
+        for layer in range(len(held)):
+            ops = [row.layers[layer] for row in rows]
+            visual = [min(op.reduce.keep, n) if op.reduce else n for op, n in zip(ops, visual, strict=True)]
+            if any(op.reduce for op in ops):
+                padded = 0  # what is left of the rows is padded to the longest of them, no further
+            lengths = [
+                text + n * (op.mode is LayerMode.SELF) for op, text, n in zip(ops, layout.num_text, visual, strict=True)
+            ]
+            read = [n * (op.mode is LayerMode.CROSS) for op, n in zip(ops, visual, strict=True)]
+            # Until a reduction, a layer on a whole prompt also holds the columns that are padding in all rows.
+            whole = any(op.mode is LayerMode.SELF or not n for op, n in zip(ops, visual, strict=True))
+            expected = {max(lengths), *([padded] if whole and padded else [])}
+            if held[layer] not in expected or cross[layer] != max(read):
+                raise ValueError(
+                    f"the schedule did not run as it says: after the prefill layer {layer} holds {held[layer]} tokens "
+                    f"and {cross[layer]} visual ones to read, expected {max(lengths)} and {max(read)} (layers hold "
+                    f"{list(held)}). Something between the engine and the layers, such as a hook or a patch of the "
+                    "cache, changes what is cached"
+                )
+
     def num_fixed(self, layout: PromptLayout) -> int:
         """How many first tokens of the prompt decide what the cache holds: all that methods' scores have looked at."""
         if set(self.methods) - set(self.keep_masks or ()):
@@ -192,6 +244,48 @@ class Run:
                 )
             forced_BP[row, layout.visual_BP[row]] = mask
         return forced_BP
+
+
+@dataclass
+class HeldChoices:
+    """What the reductions of a prompt chose, for when it runs again with more text behind it and no cache.
+
+    The attention is causal, so what a rule did to the prompt's tokens does not depend on what follows them.
+
+    Attributes:
+        embedded_BPD: the prompt as it entered layer 0, by which it is known again.
+        selections: by layer, what its method chose.
+    """
+
+    embedded_BPD: Tensor
+    selections: dict[int, Selection] = field(default_factory=dict)
+
+    def holds_for(self, embedded_BND: Tensor) -> bool:
+        """True if these rows begin with the prompt, to the bit. Waits for the device only where one is longer."""
+        batch, length, _ = self.embedded_BPD.shape
+        if embedded_BND.shape[0] != batch or embedded_BND.shape[1] <= length:
+            return False
+        return torch.equal(embedded_BND[:, :length], self.embedded_BPD)
+
+    def add(self, layer: int, selection: Selection) -> None:
+        self.selections[layer] = selection
+
+    def selection(self, layer: int, streams: PromptStreams) -> Selection | None:
+        """The choice before a layer over the tokens that are alive now; None if there is none yet.
+
+        New text stands behind the prompt's tokens in every row, and stays as it is.
+        """
+        first = self.selections.get(layer)
+        if first is None:
+            return None
+        batch, before = first.kept_BN.shape
+        num_new = streams.visual_BN.shape[1] - before
+        kept_BN = F.pad(first.kept_BN, (0, num_new))
+        if first.hidden_BND is None:
+            return Selection(kept_BN)
+        new = torch.arange(before, before + num_new, device=kept_BN.device).expand(batch, num_new)
+        hidden_BND = torch.cat([first.hidden_BND, streams.full_stream().hidden_BND[:, before:]], 1)
+        return Selection(kept_BN, hidden_BND, torch.cat([first.source_BN, new], 1))
 
 
 @dataclass

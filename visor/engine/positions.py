@@ -39,7 +39,11 @@ def split_position_ids(position_ids: Tensor, rotary_emb: nn.Module) -> tuple[Ten
 
 def rotary(rotary_emb: nn.Module, hidden_BND: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [B or 1, N, d] of positions [B or 1, N] or [B, N, A]."""
-    return rotary_emb(hidden_BND, positions if positions.ndim == 2 else positions.movedim(-1, 0))
+    if positions.ndim == 3:
+        positions = positions.movedim(-1, 0)
+    elif hasattr(rotary_emb, "mrope_section"):  # transformers before 5.20 does not repeat one number for all axes
+        positions = positions[None].expand(3, -1, -1)
+    return rotary_emb(hidden_BND, positions)
 
 
 def fallen(positions: Tensor, fall_B1: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from visor.engine.cache import ElasticCache, ElasticLayer
+from visor.engine.compat import CACHE
 from visor.engine.positions import fallen, rotary, split_position_ids
 
 NUM_WARM_UP = 3  # steps before a capture, as torch asks for
@@ -99,7 +100,7 @@ class FixedDecode:
                 hidden_BND, _ = block(hidden_BND, None, valid_BV, active_B, (keys, values))
             hidden_BND = decoder.layers[i](
                 hidden_BND, attention_mask=held.mask_B11R, position_embeddings=embeddings, position_ids=None,
-                past_key_values=cache, use_cache=True,
+                use_cache=True, **{CACHE: cache},
             )  # fmt: skip
             held.slot_1 += 1
         logits = self.model.get_output_embeddings()(decoder.norm(hidden_BND))

@@ -65,6 +65,11 @@ class FamilyAdapter:
         return self.inner.multi_modal_projector
 
     @property
+    def cuts_first_token(self) -> bool:
+        """True if the tower's first token (CLS) never becomes a visual token."""
+        return self.model.config.vision_feature_select_strategy == "default"
+
+    @property
     def image_token_ids(self) -> tuple[int, ...]:
         """Token ids that stand for visual tokens in `input_ids`."""
         ids = (getattr(self.model.config, field, None) for field in self.image_token_fields)
@@ -110,6 +115,10 @@ class FamilyAdapter:
         """What the adapter must know of a prompt's images and the processor does not tell."""
         return {}
 
+    def prompt_arguments(self, input_ids_BP: Tensor) -> dict[str, Any]:
+        """What the family's forward must know of a prompt beside its ids and mask."""
+        return {}
+
     def position_ids(self, input_ids: Sequence[int], images: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Position ids [axes, P] of one prompt with all its visual tokens (families that `has_grid_positions`).
 
@@ -138,6 +147,9 @@ def adapter_for(model: nn.Module) -> FamilyAdapter:
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if family == "visor":  # a wrapper: what it wraps is of a family
         return adapter_for(model.base)
+    tower = getattr(getattr(getattr(model, "config", None), "vision_config", None), "model_type", None)
+    if f"{family}/{tower}" in FAMILIES:  # one class of transformers around towers of different kinds
+        return FAMILIES.get(f"{family}/{tower}")(model)
     if family not in FAMILIES:
         known = ", ".join(nearest_first(family, FAMILIES.names()))
         raise ValueError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -133,7 +133,7 @@ class TileMergingAdapter(MergingAdapter):
         from visor.vision.taps import BLOCK_OF_TAP, read_taps, tile_places, whole_image_places
 
         wanted = sorted({BLOCK_OF_TAP[tap] for tap in taps if tap in BLOCK_OF_TAP})
-        with reading({index: self.projections(self.blocks[index]) for index in wanted}) as seen:
+        with recorded_outputs({index: self.projections(self.blocks[index]) for index in wanted}) as seen:
             output = self.inner.get_image_features(**self.feature_arguments(pixel_inputs), return_dict=True)
         features = output.pooler_output
         features_ND = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
@@ -161,8 +161,41 @@ class TileMergingAdapter(MergingAdapter):
         return cells.mean((2, 4)).flatten(1, 2)
 
 
+def patch_tap(tap: str, q_SHd: Tensor, k_SHd: Tensor, rotate: Callable[[Tensor, Tensor], Any]) -> Tensor:
+    """A tap over the S patches of an image, of a block with RoPE: [S] or [S, E].
+
+    Args:
+        rotate: the block's RoPE on queries and keys.
+    """
+    from visor.vision.taps import attention_received
+
+    if tap.endswith("keys"):  # before RoPE: what a patch is, not where
+        return k_SHd.flatten(1) if tap.startswith("last_") else k_SHd.mean(1)
+    q_SHd, k_SHd = rotate(q_SHd, k_SHd)
+    if tap.startswith("last_"):  # one head over the full width
+        q_SHd, k_SHd = q_SHd.flatten(1)[:, None], k_SHd.flatten(1)[:, None]
+    return attention_received(q_SHd.transpose(0, 1)[None], k_SHd.transpose(0, 1)[None])[0]
+
+
 @contextmanager
-def reading(modules: Mapping[int, Mapping[str, nn.Module]]):
+def noting_angles(attentions: Mapping[int, nn.Module]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Within it, forwards leave the cos and sin that each attention was given in the dict, by block."""
+    angles: dict[int, tuple[Tensor, Tensor]] = {}
+    handles = [
+        attention.register_forward_pre_hook(
+            lambda _m, _a, kwargs, i=index: angles.__setitem__(i, kwargs["position_embeddings"]), with_kwargs=True
+        )
+        for index, attention in attentions.items()
+    ]
+    try:
+        yield angles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_outputs(modules: Mapping[int, Mapping[str, nn.Module]]):
     """Within it, forwards leave the outputs of the given modules in the dict, by block and name."""
     seen: dict[int, dict[str, Tensor]] = {index: {} for index in modules}
     handles = [

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: a tower of dynamic resolution, a merger of 2 x 2 patches, M-RoPE; in Qwen3-VL DeepStack.
+"""Qwen2-VL to Qwen3-VL: a tower of dynamic resolution, a merger of 2 x 2 patches, M-RoPE; in Qwen3-VL DeepStack.
 
 An image of h x w patches gives (h/2)(w/2) visual tokens. Position ids have three axes (time, height, width): a visual
 token's are the place of its cell, the text behind an image starts after the longer side. So a token that stays keeps
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from budgets.registry import FAMILIES
 from visor.engine.compat import deepstack_output, vision_rotated, vision_window_index
 from visor.engine.stopwatch import scoring
-from visor.families.merging import EncodedImage, MergingAdapter, reading
+from visor.families.merging import EncodedImage, MergingAdapter, noting_angles, patch_tap, recorded_outputs
 
 
 class QwenVLAdapter(MergingAdapter):
-    """What both share."""
+    """What all share."""
 
     raw_image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
     image_token_fields: ClassVar[tuple[str, ...]] = ("image_token_id", "video_token_id")
@@ -82,25 +82,18 @@ class QwenVLAdapter(MergingAdapter):
         return positions_31P[:, 0]
 
     def encode_image(self, pixel_inputs: Mapping[str, Tensor], taps: Collection[str]) -> EncodedImage:
-        from visor.vision.taps import BLOCK_OF_TAP, attention_received, whole_image_places
+        from visor.vision.taps import BLOCK_OF_TAP, whole_image_places
 
         rows, columns = self.grid(pixel_inputs)
         block_of = {tap: self._block(BLOCK_OF_TAP[tap]) for tap in taps if tap in BLOCK_OF_TAP}
-        blocks, angles = self.tower.blocks, {}
-        hooks = [
-            blocks[index].attn.register_forward_pre_hook(
-                lambda _m, _a, kwargs, i=index: angles.__setitem__(i, kwargs["position_embeddings"]), with_kwargs=True
+        attention = {index: self.tower.blocks[index].attn for index in sorted(set(block_of.values()))}
+        with (
+            noting_angles(attention) as angles,
+            recorded_outputs({index: {"qkv": each.qkv} for index, each in attention.items()}) as seen,
+        ):
+            output = self.inner.get_image_features(
+                pixel_inputs["pixel_values"], pixel_inputs["image_grid_thw"], return_dict=True
             )
-            for index in set(block_of.values())
-        ]
-        try:
-            with reading({index: {"qkv": blocks[index].attn.qkv} for index in set(block_of.values())}) as seen:
-                output = self.inner.get_image_features(
-                    pixel_inputs["pixel_values"], pixel_inputs["image_grid_thw"], return_dict=True
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
         features_ND = output.pooler_output[0]
         levels = tuple(level[0] for level in getattr(output, "deepstack_features", None) or ())
         order = self.cell_order(pixel_inputs["image_grid_thw"])
@@ -108,13 +101,8 @@ class QwenVLAdapter(MergingAdapter):
         with scoring("tower"):
             for tap, index in block_of.items():
                 q_SHd, k_SHd, _ = seen[index]["qkv"].unflatten(-1, (3, self.tower.config.num_heads, -1)).unbind(1)
-                if tap.endswith("keys"):  # before RoPE: what a patch is, not where
-                    value_SE = k_SHd.flatten(1) if tap.startswith("last_") else k_SHd.mean(1)
-                else:
-                    q_SHd, k_SHd = vision_rotated(blocks[index].attn, q_SHd, k_SHd, angles[index])
-                    if tap.startswith("last_"):  # one head over the full width
-                        q_SHd, k_SHd = q_SHd.flatten(1)[:, None], k_SHd.flatten(1)[:, None]
-                    value_SE = attention_received(q_SHd.transpose(0, 1)[None], k_SHd.transpose(0, 1)[None])[0]
+                rotate = lambda q, k, i=index: vision_rotated(attention[i], q, k, angles[i])
+                value_SE = patch_tap(tap, q_SHd, k_SHd, rotate)
                 value_NE = value_SE.unflatten(0, (-1, self.merge**2)).mean(1)
                 values[tap] = value_NE if order is None else value_NE[order.to(value_NE.device)]
         if "places" in taps:
@@ -127,6 +115,11 @@ class QwenVLAdapter(MergingAdapter):
         if wanted % depth in full:
             return wanted % depth
         return full[0] if wanted >= 0 else full[-1]
+
+
+@FAMILIES.register("qwen2_vl")
+class Qwen2VLAdapter(QwenVLAdapter):
+    """`Qwen2VLForConditionalGeneration`: all of its tower's blocks see the whole image."""
 
 
 @FAMILIES.register("qwen2_5_vl")
@@ -155,3 +148,8 @@ class Qwen3VLAdapter(QwenVLAdapter):
         if len(levels) != len(features) or any(len(each) != num_levels for each in levels):
             raise ValueError(f"{type(self.model).__name__} needs {num_levels} DeepStack levels beside every feature")
         return {"image": deepstack_output(list(features), [list(level) for level in zip(*levels, strict=True)])}
+
+
+@FAMILIES.register("qwen3_vl_moe")
+class Qwen3VLMoeAdapter(Qwen3VLAdapter):
+    """`Qwen3VLMoeForConditionalGeneration`: a mixture of experts behind the attention; the engine never looks there."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import PreparedSample, pixel_hash, readable
+from visor.vision.image import MAX_PIXELS, as_rgb
+from visor.vision.prepared import PreparedSample, pixel_hash
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
@@ -43,8 +44,49 @@ def load_processor(folder: Path) -> Any:
         ) from error
 
 
-def checked(messages: Sequence[Message], placeholder: str | None) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The messages with readable images, and these images in order.
+def check_system(processor: Any, system: str) -> None:
+    """Refuse a system text that the chat template leaves out, as some do without a word.
+
+    Raises:
+        ValueError: with what the template makes of it.
+    """
+    ask = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    given = [{"role": "system", "content": [{"type": "text", "text": system}]}, *ask]
+    try:
+        rendered = processor.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # templates raise errors of their own (jinja2)
+        raise ValueError(f"the chat template takes no system turn: {error}") from error
+    if system.strip() not in rendered:
+        raise ValueError(f"the chat template leaves the system text {system!r} out: it makes {rendered!r}")
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that a decoder was made for; None where its config does not say.
+
+    RoPE scaling stretches what the decoder was first trained on. Configs write the stretched length, the first one, or
+    both; the longest that they mean counts, so that no prompt is refused that may run.
+    """
+    first = getattr(config, "max_position_embeddings", None)
+    if first is None:
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Decoders with layers of several kinds have one set of parameters a kind.
+    kinds = [each for each in scaling.values() if isinstance(each, Mapping)] or [scaling]
+    lengths = [first]
+    for each in kinds:
+        kind, factor = each.get("rope_type", each.get("type")), each.get("factor")
+        original = each.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if factor and (original or kind in ("linear", "dynamic")):
+            lengths.append(int(factor * (original or first)))
+    return max(lengths)
+
+
+def check_messages(
+    messages: Sequence[Message], placeholder: str | None, max_pixels: int = MAX_PIXELS
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The messages with their images in RGB (`visor.vision.image`), and these images in order.
 
     Raises:
         ValueError: an unknown role, a part that is neither text nor image, an empty question, a text that holds the
@@ -69,7 +111,7 @@ def checked(messages: Sequence[Message], placeholder: str | None) -> tuple[list[
                     )
                 checked_parts.append({"type": "text", "text": part["text"]})
             elif kind == "image" and part.get("image") is not None:
-                images.append(readable(part["image"]))
+                images.append(as_rgb(part["image"], max_pixels))
                 checked_parts.append({"type": "image", "image": images[-1]})
             else:
                 raise ValueError(f"message {number}: a part must be a text or an image, got {kind!r}")
@@ -79,13 +121,18 @@ def checked(messages: Sequence[Message], placeholder: str | None) -> tuple[list[
     return result, images
 
 
-def prepare(processor: Any, adapter: FamilyAdapter, messages: Sequence[Message]) -> PreparedSample:
+def prepare(
+    processor: Any, adapter: FamilyAdapter, messages: Sequence[Message], max_pixels: int = MAX_PIXELS
+) -> PreparedSample:
     """A conversation, ready for the model.
 
+    Args:
+        max_pixels: larger images are refused.
+
     Raises:
-        ValueError: see `checked`; or the chat template did not place the images.
+        ValueError: see `check_messages`; or the chat template did not place the images.
     """
-    messages, images = checked(messages, getattr(processor, "image_token", None))
+    messages, images = check_messages(messages, getattr(processor, "image_token", None), max_pixels)
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

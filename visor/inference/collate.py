@@ -19,13 +19,14 @@ from torch import Tensor
 
 from budgets.schedule import Schedule
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import PreparedSample, Prompt, arranged, running_numbers
+from visor.inference.prompt import Prompt, reduce_prompt, sequential_positions
 from visor.vision import encode
 from visor.vision.encode import VisionRow
-from visor.vision.multi_image import left_of_images
+from visor.vision.multi_image import tokens_left_by_image
+from visor.vision.prepared import PreparedSample
 
 
-def by_structure(schedules: Sequence[Schedule]) -> list[list[int]]:
+def group_by_structure(schedules: Sequence[Schedule]) -> list[list[int]]:
     """Places of the schedules that may share a batch, group by group."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, schedule in enumerate(schedules):
@@ -33,7 +34,7 @@ def by_structure(schedules: Sequence[Schedule]) -> list[list[int]]:
     return list(groups.values())
 
 
-def assemble(
+def collate_samples(
     adapter: FamilyAdapter,
     prepared: Sequence[PreparedSample],
     vision: Sequence[VisionRow],
@@ -57,10 +58,10 @@ def assemble(
         if own is None:
             sources.append(list(range(len(sample.input_ids))))
             continue
-        images = left_of_images(row, own, sample.num_visual)
-        arrangement = arranged(sample.input_ids, image_ids, images, in_place)
-        order = slice(None) if arrangement.order is None else arrangement.order
-        sources.append(arrangement.sources)
+        images = tokens_left_by_image(row, own, sample.num_visual)
+        reduced_prompt = reduce_prompt(sample.input_ids, image_ids, images, in_place)
+        order = slice(None) if reduced_prompt.order is None else reduced_prompt.order
+        sources.append(reduced_prompt.sources)
         features.append(own.features_BTD[0][order])
         levels.append(tuple(level[0][order] for level in own.levels))
     longest, device = max(map(len, sources)), adapter.model.device
@@ -92,6 +93,7 @@ def forward_arguments(adapter: FamilyAdapter, prompt: Prompt) -> dict[str, Any]:
         "input_ids": prompt.input_ids_BP,
         "attention_mask": prompt.attention_mask_BP,
         "position_ids": prompt.positions_BP,
+        **adapter.prompt_arguments(prompt.input_ids_BP),
         **image_arguments(adapter, prompt),
     }
 
@@ -118,4 +120,4 @@ def _grid_positions(
         positions_AP = adapter.position_ids(sample.input_ids, images)[:, kept]
         axes.append(torch.nn.functional.pad(positions_AP, (mask_BP.shape[1] - len(kept), 0)))
     positions_ABP = torch.stack(axes, dim=1).to(mask_BP.device)
-    return torch.cat([running_numbers(mask_BP)[None], positions_ABP])
+    return torch.cat([sequential_positions(mask_BP)[None], positions_ABP])

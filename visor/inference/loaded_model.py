@@ -12,7 +12,7 @@ Shapes: B samples, P padded prompt length, T visual tokens after reduction, D de
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +25,16 @@ from budgets import geometry as geometries
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Reduction, Schedule
 from visor.engine import decoder
+from visor.engine.compat import CACHE, cache_of
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.inference import chat, checkpoint, collate, generation
 from visor.inference.loading import load_model
-from visor.inference.prompt import Generation, PreparedSample, Prompt
+from visor.inference.prompt import Generation, Prompt
 from visor.vision import encode
 from visor.vision.encode import VisionRow
 from visor.vision.features import ReducedFeatures
+from visor.vision.image import MAX_PIXELS
+from visor.vision.prepared import PreparedSample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +61,11 @@ class LoadedModel:
         model: the Hugging Face model, its decoder made elastic.
         processor: its processor.
         adapter, geometry: its family and its sizes.
+        max_pixels: larger images are refused.
         name, path, checkpoint_sha256, card: which checkpoint it is; None where it was not loaded from a folder.
+        generation: settings of transformers' GenerationConfig that answers are made with, beside greedy decoding.
+        own_generation: what the checkpoint asks for there. It is told, and not followed.
+        system: text of the turn before each question; None for what the chat template does by itself.
     """
 
     def __init__(self, model: torch.nn.Module, processor: Any, *, name: str | None = None) -> None:
@@ -66,26 +73,41 @@ class LoadedModel:
         self.processor = processor
         self.adapter: FamilyAdapter = adapter_for(model)
         self.geometry = geometries.from_config(model.config, name)
+        self.max_pixels = MAX_PIXELS
         self.name = name
+        self.generation: Mapping[str, Any] = {}
+        self.own_generation = generation.own_settings(model)
+        self.system: str | None = None
         self.path: Path | None = None
         self.checkpoint_sha256: str | None = None
         self.card: str | None = None
 
     @classmethod
     def load(
-        cls, name_or_path: str | Path, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa"
+        cls,
+        name_or_path: str | Path,
+        device: str = "cpu",
+        dtype: str = "float32",
+        attention: str = "sdpa",
+        generation_settings: Mapping[str, Any] | None = None,
+        system: str | None = None,
     ) -> LoadedModel:
         """A model from a local folder, a bare name under `visor/checkpoints`, or a Hub id (`organisation/name`).
 
         Raises:
-            ValueError: see `visor.inference.loading.load_model`.
+            ValueError: see `visor.inference.loading.load_model`; a setting that cannot be asked for; or a system text
+                that the chat template leaves out.
         """
+        generation.check_settings(generation_settings or {})
         model, folder = load_model(name_or_path, device, dtype, attention)
         name = folder.name if Path(name_or_path).exists() else str(name_or_path)
         loaded = cls(model, chat.load_processor(folder), name=name)
         loaded.path = folder
         loaded.checkpoint_sha256 = checkpoint.content_sha256(folder)
         loaded.card = checkpoint.read_card(folder)
+        loaded.generation, loaded.system = dict(generation_settings or {}), system
+        if system is not None:
+            chat.check_system(loaded.processor, system)
         return loaded
 
     @cached_property
@@ -119,7 +141,8 @@ class LoadedModel:
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if image is not None:
             content.insert(0, {"type": "image", "image": image})
-        return self.prepare_chat([{"role": "user", "content": content}])
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return self.prepare_chat([*system, {"role": "user", "content": content}])
 
     def prepare_chat(self, messages: Sequence[chat.Message]) -> PreparedSample:
         """A conversation of any number of turns and images, through the processor's own chat template
@@ -128,7 +151,7 @@ class LoadedModel:
         Raises:
             ValueError: something else than texts and readable images, or no question at the end.
         """
-        return chat.prepare(self.processor, self.adapter, messages)
+        return chat.prepare(self.processor, self.adapter, messages, self.max_pixels)
 
     # --- from images to prompts -----------------------------------------------------------------------------------
 
@@ -173,24 +196,26 @@ class LoadedModel:
         """
         return encode.reduce(self.adapter, vision, schedules, prepared)
 
-    def assemble(
+    def collate(
         self, prepared: Sequence[PreparedSample], vision: Sequence[VisionRow], schedules: Sequence[Schedule]
     ) -> Prompt:
         """A left-padded batch of samples whose schedules have one structure, with reduced features.
 
         Raises:
-            ValueError: see `visor.inference.collate.assemble`.
+            ValueError: see `visor.inference.collate.collate_samples`.
         """
         pad_id = generation.pad_id(self.model, self.processor.tokenizer)
-        return collate.assemble(self.adapter, prepared, vision, schedules, pad_id)
+        return collate.collate_samples(self.adapter, prepared, vision, schedules, pad_id)
 
     def _prompts(
         self, prepared: Sequence[PreparedSample], vision: Sequence[VisionRow], schedules: Sequence[Schedule]
     ) -> Iterator[tuple[list[int], Prompt]]:
         """The samples grouped by the structure of their schedules: their places, and their batch."""
         self.check(schedules)
-        for members in collate.by_structure(schedules):
-            yield members, self.assemble(*([items[i] for i in members] for items in (prepared, vision, schedules)))
+        for sample, schedule in zip(prepared, schedules, strict=True):
+            self.check_length(sample, schedule)
+        for members in collate.group_by_structure(schedules):
+            yield members, self.collate(*([items[i] for i in members] for items in (prepared, vision, schedules)))
 
     # --- answers --------------------------------------------------------------------------------------------------
 
@@ -201,14 +226,46 @@ class LoadedModel:
         vision: Sequence[VisionRow],
         schedules: Sequence[Schedule],
         max_new_tokens: int,
+        stop_strings: Sequence[str] = (),
+        on_first_token: Callable[[], None] | None = None,
     ) -> list[Generation]:
-        """Greedy answers in the order of the samples, whatever mix of schedules they have."""
+        """Answers in the order of the samples, whatever mix of schedules they have.
+
+        Args:
+            stop_strings: an answer ends before the first of them.
+            on_first_token: called when the prefill of each group of equal structure is over.
+
+        Raises:
+            ValueError: a prompt that is longer than the decoder's context (`check_length`).
+        """
         answers: list[Generation | None] = [None] * len(prepared)
+        tokenizer = self.processor.tokenizer
         for members, prompt in self._prompts(prepared, vision, schedules):
-            own = generation.answer(self.model, self.adapter, self.processor.tokenizer, prompt, max_new_tokens)
+            own = generation.answer_prompt(
+                self.model, self.adapter, tokenizer, prompt, max_new_tokens, self.generation, stop_strings,
+                on_first_token,
+            )
             for index, answer in zip(members, own, strict=True):
                 answers[index] = answer
         return answers
+
+    def check_length(self, prepared: PreparedSample, schedule: Schedule) -> None:
+        """Refuse a prompt that does not fit the decoder.
+
+        Raises:
+            ValueError: more tokens enter the decoder than it was made for; the message has both numbers.
+        """
+        length, context = prepared.num_text + schedule.decoder_visual, self.context_length
+        if context is not None and length > context:
+            raise ValueError(
+                f"the prompt is longer than the decoder's context: {length} tokens enter it ({prepared.num_text} of "
+                f"text, {schedule.decoder_visual} visual), it has positions for {context}"
+            )
+
+    @cached_property
+    def context_length(self) -> int | None:
+        """Positions that the decoder was made for, RoPE scaling included; None where its config does not say."""
+        return chat.context_length(self.model.config.get_text_config())
 
     def check(self, schedules: Sequence[Schedule]) -> None:
         """Refuse schedules that this model cannot run.
@@ -261,14 +318,12 @@ class LoadedModel:
                 selection = self._select(request, [prepared[i] for i in members])
                 running = decoder.running(self.model, selection.schedules, choose=selection.choose)
             with running:
-                output = self.model(
-                    use_cache=True, logits_to_keep=1, **collate.forward_arguments(self.adapter, prompt)
-                )
+                output = self.model(use_cache=True, logits_to_keep=1, **collate.forward_arguments(self.adapter, prompt))
             next_ids_B1 = output.logits[:, -1:].argmax(-1)
             mask_BP = torch.nn.functional.pad(prompt.attention_mask_BP, (0, 1), value=1)
             next_positions_B1 = prompt.positions_BP[..., -1:] + 1
             states.append(
-                GroupState(members, prompt.schedules, next_ids_B1, mask_BP, next_positions_B1, output.past_key_values)
+                GroupState(members, prompt.schedules, next_ids_B1, mask_BP, next_positions_B1, cache_of(output))
             )
         return states
 
@@ -325,8 +380,8 @@ class LoadedModel:
                         input_ids=state.next_ids_B1,
                         attention_mask=state.attention_mask_BP,
                         position_ids=state.next_positions_B1,
-                        past_key_values=state.cache,
                         use_cache=True,
+                        **{CACHE: state.cache},
                     )
                     state.next_ids_B1 = output.logits[:, -1:].argmax(-1)
                     state.attention_mask_BP = torch.nn.functional.pad(state.attention_mask_BP, (0, 1), value=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,21 @@ def dtype_named(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep the "Loading weights" bars of transformers from between a command's lines; afterwards they are as before."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_model(
     name_or_path: str | Path, device: str = "cpu", dtype: str = "float32", attention: str = "sdpa"
 ) -> tuple[nn.Module, Path]:
@@ -76,14 +93,15 @@ def load_model(
     from transformers import AutoModelForImageTextToText
 
     try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=weight_dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with without_bars():
+            model, loading = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=weight_dtype,
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise

@@ -1,53 +1,29 @@
-"""What travels between a question and the model: prepared samples, prompts, answers. Data and pure functions.
+"""What travels between prepared samples and the model: prompts and answers. Data and pure functions.
 
 Shapes: B samples, P padded prompt length, N visual tokens before reduction, T after it, D decoder width.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from budgets.schedule import Schedule
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class PreparedSample:
-    """One question, ready for the model.
-
-    Args:
-        input_ids: the prompt, with `num_visual` image tokens in it.
-        num_text: all other tokens.
-        num_visual: visual tokens of the images at full size (N); 0 without an image.
-        pixel_inputs: what the processor made of the images, on the CPU.
-        image_key: hash of the pixels; equal ones share vision features. None without an image.
-        num_images: images in the prompt, if there is any.
-    """
-
-    input_ids: tuple[int, ...]
-    num_text: int
-    num_visual: int
-    pixel_inputs: Mapping[str, Tensor] = field(repr=False)
-    image_key: str | None
-    num_images: int = 1
-
 
 @dataclass(frozen=True)
 class Generation:
     """An answer. `kept` tells of each of the N visual tokens whether it stood for itself in the last layer; None if
-    tokens were averaged, or there was no image. `confidence` is the probability of the first token."""
+    tokens were averaged, or there was no image. `confidence` is the probability of the first token. `error` says why
+    there is no answer, where the others of its batch have one."""
 
     text: str
     token_ids: tuple[int, ...]
     kept: list[bool] | None
     confidence: float | None = field(default=None, compare=False)  # answers are compared by what they say
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +51,10 @@ class Prompt:
         """Position ids: real tokens count from 0. Under M-RoPE [4, B, P]."""
         if self.grid_positions is not None:
             return self.grid_positions
-        return running_numbers(self.attention_mask_BP)
+        return sequential_positions(self.attention_mask_BP)
 
 
-def running_numbers(attention_mask_BP: Tensor) -> Tensor:
+def sequential_positions(attention_mask_BP: Tensor) -> Tensor:
     """Real tokens of each row counted from 0."""
     return (attention_mask_BP.cumsum(1) - 1).clamp(min=0)
 
@@ -99,26 +75,8 @@ def kept_over_image(prompt: Prompt, alive: Sequence[Tensor] | None) -> list[list
     return kept_rows
 
 
-def readable(image: Image) -> Image:
-    try:
-        image.load()
-        if min(image.size) < 1:
-            raise ValueError(f"its size is {image.size}")
-        return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds (OSError, SyntaxError, struct.error, ...) for broken files
-        raise ValueError(f"the image cannot be read: {error}") from error
-
-
-def pixel_hash(pixel_inputs: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(pixel_inputs.items()):
-        digest.update(f"{name}:{tuple(value.shape)}:{value.dtype}".encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
-class Arrangement:
+class ReducedPrompt:
     """A prompt with fewer image tokens.
 
     Args:
@@ -130,12 +88,12 @@ class Arrangement:
     order: list[int] | None = None
 
 
-def arranged(
+def reduce_prompt(
     input_ids: Sequence[int],
     image_ids: set[int],
     images: Sequence[tuple[int, int, Sequence[int] | None]],
     in_place: bool = False,
-) -> Arrangement:
+) -> ReducedPrompt:
     """The prompt for images of which fewer tokens are left.
 
     Where an image has one block of image tokens, what is left of it fills the front of the block. Where its tiles have
@@ -178,4 +136,4 @@ def arranged(
             order += [first_feature + i for i in by_place]
         copied, start = own[-1] + 1, start + before
     sources += range(copied, len(input_ids))
-    return Arrangement(sources, None if order == list(range(len(order))) else order)
+    return ReducedPrompt(sources, None if order == list(range(len(order))) else order)

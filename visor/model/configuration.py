@@ -1,24 +1,25 @@
 """What a VISOR model is beside its base: which layers read the image, which may rework it, and what it may choose from.
 
-Importing this module registers the config; a config that is made registers the model (`visor.model.modeling`), so that
-transformers' Auto classes find both while `import visor` stays cheap.
+It knows neither the model nor how transformers comes to know both: `visor.model.registration` ties them.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+from budgets.registry import METHODS
+from visor.reduction.method import Method
 
 VISUAL_SOURCES = ("latest", "initial")
 ROUTER_INPUTS = ("last", "text", "visual")
 
 
 class VisorConfig(PreTrainedConfig):
-    """Configuration of `visor.model.modeling.VisorForConditionalGeneration`.
+    """Configuration of a VISOR model.
 
     Args:
         base_config: config of the base model (LLaVA, LLaVA-OneVision, ...), an object or a dict with its model_type.
@@ -41,7 +42,8 @@ class VisorConfig(PreTrainedConfig):
 
     model_type = "visor"
     sub_configs: ClassVar[dict[str, Any]] = {"base_config": AutoConfig}
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # a list: the Trainer adds one to it
+    before_use: ClassVar[Callable[[], None] | None] = None  # set by `registration`: it registers the model
 
     base_config: Any = None
     cross_layers: Any = None
@@ -65,8 +67,8 @@ class VisorConfig(PreTrainedConfig):
         kwargs.setdefault("tie_word_embeddings", getattr(self.base_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
         self.check()
-        # A config can be made when transformers is fully imported; the model cannot be, while it still is.
-        importlib.import_module("visor.model.modeling")
+        if VisorConfig.before_use is not None:
+            VisorConfig.before_use()
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """Of the base's decoder."""
@@ -168,14 +170,32 @@ def _check_router(router: Any) -> None:
         raise ValueError(f"router: inputs must be some of {list(ROUTER_INPUTS)}, in this order, got {inputs!r}")
 
 
+def reduction_method(reduction: Mapping[str, Any]) -> Method:
+    """The method that a config's `reduction` names.
+
+    Raises:
+        ValueError: it is unknown, has no such options, or does not act between tower and decoder.
+    """
+    method = METHODS.get(reduction["method"])
+    try:
+        method = method(**reduction.get("params", {}))
+    except TypeError as error:
+        raise ValueError(f"reduction {reduction['method']!r}: {error}") from error
+    if (
+        type(method).reduce_features is Method.reduce_features
+        or method.stage not in ("tower", "projected")
+        or method.reads_text
+    ):
+        raise ValueError(
+            f"reduction {reduction['method']!r} ({method.title}) does not act between tower and decoder on the image "
+            "alone; a model can carry one that does, such as pooling or visionzip"
+        )
+    return method
+
+
 def _check_reduction(reduction: Any) -> None:
     if reduction is None:
         return
     if not isinstance(reduction, dict) or set(reduction) - {"method", "params"} or "method" not in reduction:
         raise ValueError(f'reduction must be None or {{"method": ..., "params": {{...}}}}, got {reduction!r}')
-    from visor.model.token_reduction import check_reduction
-
-    check_reduction(reduction)
-
-
-AutoConfig.register(VisorConfig.model_type, VisorConfig, exist_ok=True)
+    reduction_method(reduction)

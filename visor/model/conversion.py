@@ -44,4 +44,4 @@ def convert(
         self_layers=self_slots if self_layers is None else self_layers,
         **fields,
     )
-    return VisorForConditionalGeneration.around(base_model, config)
+    return VisorForConditionalGeneration.from_base(base_model, config)

@@ -9,6 +9,7 @@ vector.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,24 +20,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from budgets.geometry import ModelGeometry, from_config
 from budgets.schedule import Schedule
-from visor.engine.compat import start_weights
+from visor.engine.cache import ElasticCache
+from visor.engine.compat import (
+    CACHE,
+    CausalLMOutputWithPast,
+    cache_argument,
+    cache_of,
+    one_cache,
+    start_weights,
+)
+from visor.engine.cross_attention import weight_placement
 from visor.engine.decoder import install, running
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.model.configuration import ROUTER_INPUTS, VisorConfig
 from visor.model.router import Router, RouterOutput
 from visor.model.selection import Request, Selection, schedule_of, select
-from visor.model.token_reduction import shorten
+from visor.model.token_reduction import reduce_inputs
 
 IGNORED = -100
 
 
 @dataclass
-class VisorOutput(ModelOutput):
-    """What a forward returns.
+class VisorOutput(CausalLMOutputWithPast):
+    """What a forward returns: transformers' own fields, `cache` or `past_key_values` among them, and the choices.
 
     Args:
         loss: cross-entropy over the labelled text positions: their mean, or their sum over `num_items_in_batch`.
@@ -45,11 +54,6 @@ class VisorOutput(ModelOutput):
         configurations: [B], the configuration that each sample ran; -1 is the dense model, None a later token.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
     configurations: Tensor | None = None
 
 
@@ -82,29 +86,30 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     _keep_in_fp32_modules = None
+    _skip_keys_device_placement = [CACHE]  # layers on several devices each keep their own part of it
 
     def __init__(self, config: VisorConfig) -> None:
         super().__init__(config)
         config.check()
         base = AutoModelForImageTextToText.from_config(config.base_config, dtype=torch.get_default_dtype())
-        self._take(base)
+        self._attach_base(base)
         self.post_init()
 
     @classmethod
-    def around(cls, base: nn.Module, config: VisorConfig) -> VisorForConditionalGeneration:
-        """A VISOR model of a base that is there already; it is taken over, not copied."""
+    def from_base(cls, base: nn.Module, config: VisorConfig) -> VisorForConditionalGeneration:
+        """A VISOR model of a base that exists already; the base becomes part of it and is not copied."""
         config._attn_implementation = base.config._attn_implementation
         config.dtype = base.config.dtype
         model = cls.__new__(cls)
         PreTrainedModel.__init__(model, config)
-        model._take(base)
+        model._attach_base(base)
         for module in model.modules():  # what the base has learned must not start anew
             module._is_hf_initialized = True
         model.post_init()
         return model.train(base.training)
 
-    def _take(self, base: nn.Module) -> None:
-        """Make a model the base, and add what VISOR adds."""
+    def _attach_base(self, base: nn.Module) -> None:
+        """Make a model the base, and add cross-attention blocks and, if configured, a router."""
         config = self.config
         config.base_config = base.config  # one object: a resized vocabulary shows in both
         self.base = install(
@@ -114,10 +119,10 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self._make_router()
 
     def _make_router(self) -> None:
-        config, weight = self.config, self.get_output_embeddings().weight
+        config = self.config
         width, inputs = config.get_text_config().hidden_size, config.router.get("inputs", ROUTER_INPUTS)
         router = Router(width, inputs, config.router["hidden_size"], len(config.configurations))
-        self.router = router.to(weight.device, weight.dtype)
+        self.router = router.to(*weight_placement(self.get_output_embeddings(), self.get_decoder().norm))
 
     def _init_weights(self, module: nn.Module) -> None:
         if not start_weights(module):
@@ -224,13 +229,13 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"this model has {what}; see add_router and set_configurations")
         vectors: list[Tensor] = []
 
-        def look(streams: Any) -> list[int]:
+        def record_vector(streams: Any) -> list[int]:
             vectors.append(self.router.vector(streams))
             return [0] * len(streams.num_text)
 
         inputs = self._prepared({"input_ids": input_ids, "attention_mask": attention_mask, **inputs})
         alternatives = self.schedules(range(len(self.config.configurations)), [0] * len(self.config.configurations))
-        with running(self.base, alternatives, choose=look, stop=True):
+        with running(self.base, alternatives, choose=record_vector, stop=True):
             self.adapter.inner(**inputs, use_cache=False)
         return vectors[0]
 
@@ -247,7 +252,10 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         fed = any(inputs.get(name) is not None for name in self.adapter.raw_image_inputs)
         if self.config.reduction is None or not fed or inputs.get("input_ids") is None:
             return inputs
-        return shorten(self.adapter, self._geometry, self.config.reduction, inputs).inputs
+        cache = cache_argument(inputs)
+        if cache is not None and cache.get_seq_length() > 0:
+            return inputs  # a later turn: the images of the prompt are in the cache
+        return reduce_inputs(self.adapter, self._geometry, self.config.reduction, inputs).inputs
 
     def _lengths(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
         """Visual and text tokens of each sample, on the host."""
@@ -269,7 +277,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @contextmanager
     def _running(self, request: Request, inputs: dict[str, Any], segments: Tensor | None = None) -> Iterator[Any]:
         """Run the base under what the caller has asked for; inside an outer `visor.engine.running`, under that."""
-        cache = inputs.get("past_key_values")
+        cache = cache_argument(inputs)
         goes_on = cache is not None and cache.get_seq_length() > 0
         if goes_on and not request.is_empty:
             raise ValueError("later tokens of a sequence run as its prompt has; give the configuration with the prompt")
@@ -287,7 +295,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         *,
@@ -300,6 +308,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | str | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
+        past_key_values: Any = None,
         **inputs: Any,
     ) -> VisorOutput | tuple:
         """See the class.
@@ -309,7 +318,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         request = Request(configuration, budget, policy, cost_weight)
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-                   "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}  # fmt: skip
+                   CACHE: one_cache(cache, past_key_values), "inputs_embeds": inputs_embeds}  # fmt: skip
         aligned = {"labels": labels, "shift_labels": shift_labels, "segment_ids": segment_ids}
         inputs = self._prepared({**inputs, **aligned})
         labels, shift_labels, segment_ids = (inputs.pop(name) for name in aligned)
@@ -317,7 +326,7 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             outputs = self.adapter.inner(**inputs)
         hidden_BPD, head = outputs[0], self.get_output_embeddings()
         result = VisorOutput(
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             configurations=_chosen(selection, hidden_BPD),
@@ -333,8 +342,8 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
             result.loss = total / (labelled_BP.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
             if only_labels:
                 result.logits = logits_AW
-        nobody_asks = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.training
-        if not only_labels and not (nobody_asks and result.loss is not None):
+        logits_unused = isinstance(logits_to_keep, int) and logits_to_keep == 0 and self.training
+        if not only_labels and not (logits_unused and result.loss is not None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             result.logits = head(hidden_BPD[:, kept])
         return result.to_tuple() if return_dict is False else result
@@ -374,28 +383,82 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         request = Request(configuration, budget, policy, cost_weight)
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        given_ids = kwargs.get("input_ids")
+        given, given_ids = kwargs, kwargs.get("input_ids")
         kwargs = self._prepared(kwargs)
+        if given_ids is None or kwargs["input_ids"] is given_ids:
+            with self._running(request, kwargs):
+                return self.base.generate(generation_config=generation_config, **kwargs)
+        num_gone = given_ids.shape[1] - kwargs["input_ids"].shape[1]
+        generation_config = self._total_lengths(generation_config, kwargs, num_gone)
         with self._running(request, kwargs):
             output = self.base.generate(generation_config=generation_config, **kwargs)
-        if given_ids is None or kwargs["input_ids"] is given_ids:
-            return output
-        return _with_prompt(output, given_ids, kwargs["input_ids"].shape[1])
+        num_real = lambda mask_BP: mask_BP.sum(1, keepdim=True)
+        given_mask = given.get("attention_mask")
+        real_B1 = num_real(torch.ones_like(given_ids) if given_mask is None else given_mask.long())
+        fall_B1 = real_B1 - num_real(kwargs["attention_mask"])
+        return _with_prompt(output, given_ids, kwargs["input_ids"].shape[1], fall_B1)
+
+    def _total_lengths(self, generation_config: Any, kwargs: dict[str, Any], num_gone: int) -> Any:
+        """The settings of a shortened prompt: total lengths count the prompt as it was given, so they fall with it.
+
+        Changes `kwargs`, and returns the generation config to use.
+
+        Raises:
+            ValueError: a total length that the prompt alone exceeds.
+        """
+        own = self.generation_config
+        shorter = copy.deepcopy(generation_config)
+        for name in ("max_length", "min_length"):
+            if kwargs.get(name) is not None:
+                holder, value = "kwargs", kwargs[name]
+            else:
+                holder = "config"
+                value = getattr(generation_config, name, None)
+                value = getattr(own, name, None) if value is None else value
+            if value is None:
+                continue
+            left = value - num_gone
+            given = kwargs["input_ids"].shape[1] + num_gone
+            if name == "max_length" and value <= given and not _says_new_tokens(kwargs, generation_config, own):
+                raise ValueError(f"max_length is {value}, the prompt has {given} tokens; give max_new_tokens")
+            if holder == "config" and generation_config is not None:
+                setattr(shorter, name, max(left, 0))
+            else:
+                kwargs[name] = max(left, 0)
+        return shorter
 
 
 def _chosen(selection: Selection | None, like: Tensor) -> Tensor | None:
     return None if selection is None else torch.tensor(selection.chosen, device=like.device)
 
 
-def _with_prompt(output: Any, prompt_ids: Tensor, num_shortened: int) -> Any:
-    """Generated sequences behind the prompt as it was given, in the place of the shortened one."""
+def _says_new_tokens(*settings: Any) -> bool:
+    """True if one of these says how many new tokens are wanted, which goes before any total length."""
+    name = "max_new_tokens"
+    return any((s.get(name) if isinstance(s, dict) else getattr(s, name, None)) is not None for s in settings)
+
+
+def _with_prompt(output: Any, prompt_ids: Tensor, reduced_length: int, fall_B1: Tensor) -> Any:
+    """What was generated behind the prompt as it was given, in the place of the shortened one.
+
+    The cache then counts the given prompt too: a second turn repeats these ids, and transformers feeds what the cache
+    has not seen of them.
+
+    Args:
+        fall_B1: how many real tokens of each row are gone.
+    """
     ids = output if isinstance(output, Tensor) else output.sequences
     repeats = len(ids) // len(prompt_ids)  # beams that are returned
-    ids = torch.cat([prompt_ids.repeat_interleave(repeats, 0), ids[:, num_shortened:]], 1)
+    ids = torch.cat([prompt_ids.repeat_interleave(repeats, 0), ids[:, reduced_length:]], 1)
     if isinstance(output, Tensor):
         return ids
     output.sequences = ids
+    cache = cache_of(output)
+    if isinstance(cache, ElasticCache):
+        cache.count_as(prompt_ids.shape[1] - reduced_length, fall_B1)
+    elif cache is not None:
+        raise ValueError(
+            f"a {type(cache).__name__} cannot count tokens that a reduction left out, and a second turn would feed it "
+            "the wrong ones; leave cache_implementation unset, or return_dict_in_generate"
+        )
     return output
-
-
-AutoModelForImageTextToText.register(VisorConfig, VisorForConditionalGeneration, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The router: a light MLP that looks at a sample before the configurations part, and says which one it needs.
+"""The router: a light MLP that chooses a sample's configuration, before the first layer in which they differ.
 
 It reads a *routing vector*, made where the layers that all configurations share have run. One head with an output for
 each configuration serves two policies. Its softmax is the paper's router: which configuration is the cheapest that

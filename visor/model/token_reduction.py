@@ -17,19 +17,18 @@ import torch
 from torch import Tensor
 
 from budgets.geometry import ModelGeometry
-from budgets.registry import METHODS
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import pixel_hash
-from visor.reduction.method import Method
+from visor.model.configuration import reduction_method
 from visor.vision.encode import reduce_stack
 from visor.vision.features import encode_images
+from visor.vision.prepared import pixel_hash
 
-FILLS = {"attention_mask": 0, "labels": -100, "shift_labels": -100, "segment_ids": -1, "position_ids": 0}
+PADDING = {"attention_mask": 0, "labels": -100, "shift_labels": -100, "segment_ids": -1, "position_ids": 0}
 
 
 @dataclass(frozen=True)
-class Shortened:
-    """A batch with fewer visual tokens.
+class ReducedInputs:
+    """Forward arguments of a batch with fewer visual tokens.
 
     Args:
         inputs: forward arguments, pixels replaced by features.
@@ -40,37 +39,14 @@ class Shortened:
     index_BP: Tensor
 
 
-def check_reduction(reduction: Mapping[str, Any]) -> Method:
-    """The method that a config's `reduction` names.
-
-    Raises:
-        ValueError: it is unknown, has no such options, or does not act between tower and decoder.
-    """
-    method = METHODS.get(reduction["method"])
-    try:
-        method = method(**reduction.get("params", {}))
-    except TypeError as error:
-        raise ValueError(f"reduction {reduction['method']!r}: {error}") from error
-    if (
-        type(method).reduce_features is Method.reduce_features
-        or method.stage not in ("tower", "projected")
-        or method.reads_text
-    ):
-        raise ValueError(
-            f"reduction {reduction['method']!r} ({method.title}) does not act between tower and decoder on the image "
-            "alone; a model can carry one that does, such as pooling or visionzip"
-        )
-    return method
-
-
-def shorten(
+def reduce_inputs(
     adapter: FamilyAdapter, geometry: ModelGeometry, reduction: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> Shortened:
+) -> ReducedInputs:
     """Reduce the images of a batch.
 
     Args:
         reduction: the method and its parameters, as in `VisorConfig`.
-        inputs: forward arguments with `input_ids` and pixels, and what has one entry a token (`FILLS`).
+        inputs: forward arguments with `input_ids` and pixels, and what has one entry a token (`PADDING`).
 
     Raises:
         ValueError: a sample with several images, tokens that do not match the images, or a family whose position ids
@@ -82,7 +58,7 @@ def shorten(
             "cannot reduce its tokens; use visor.inference.loaded_model.LoadedModel with the method visor+"
             f"{reduction['method']}"
         )
-    method = check_reduction(reduction)
+    method = reduction_method(reduction)
     ids = inputs["input_ids"].to("cpu")
     visual_BP = torch.isin(ids, torch.tensor(adapter.image_token_ids))
     counts = visual_BP.sum(1).tolist()
@@ -111,16 +87,16 @@ def shorten(
     if inputs.get("position_ids") is not None:
         gone_BP = (~keep_BP).long().cumsum(1).to(device) - (0 if mask is None else (mask == 0).long().cumsum(1))
         shorter["position_ids"] = inputs["position_ids"] - gone_BP
-    for name in ("input_ids", *FILLS):
+    for name in ("input_ids", *PADDING):
         if shorter.get(name) is not None and name != "attention_mask":
-            fill = inputs["input_ids"].gather(1, index_BP) if name == "input_ids" else FILLS[name]
+            fill = inputs["input_ids"].gather(1, index_BP) if name == "input_ids" else PADDING[name]
             values = shorter[name].expand(len(ids), -1).gather(1, index_BP)
             shorter[name] = torch.where(real_BP, values, fill)
     # What a padding slot points at may be an image token, which transformers would count.
     padding = torch.isin(shorter["input_ids"], torch.tensor(adapter.image_token_ids, device=device)) & ~real_BP
     shorter["input_ids"] = shorter["input_ids"].masked_fill(padding, 0)
     shorter["mm_encoder_outputs"] = adapter.image_outputs(features)
-    return Shortened(shorter, index_BP)
+    return ReducedInputs(shorter, index_BP)
 
 
 def _reduced_images(

@@ -63,9 +63,11 @@ class Composite(Method):
 
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
         parts = self.parts()
-        if "encoder" in parts and getattr(parts["encoder"], "keep", 1) is None:
+        encoder = parts.get("encoder")
+        if getattr(encoder, "keep", 1) is None or getattr(encoder, "per_tile", False):
             raise ValueError(
-                f"{self.title}: a number of tokens that follows from the image cannot be composed; give keep"
+                f"{self.title}: a number of tokens that follows from the image cannot be composed; give keep, without "
+                "per_tile"
             )
         before = parts["encoder"].schedule(geometry, num_visual) if "encoder" in parts else None
         left = before.decoder_visual if before else num_visual
@@ -116,6 +118,8 @@ def _compose(names: tuple[str, ...], classes: tuple[type[Method], ...]) -> type[
         rival = next((other for other, same in roles.items() if same == its_role and other != name), None)
         if name == "dense":
             raise ValueError(f"{'+'.join(names)}: dense has nothing to add to another method")
+        if name == "blind":
+            raise ValueError(f"{'+'.join(names)}: blind sees no visual token, so there is none for another to choose")
         if rival is not None:
             what = {"encoder": "both act on the encoder's side", "decoder": "both drop tokens inside the decoder",
                     "modes": "both say which layers see the image"}[its_role]  # fmt: skip
@@ -135,6 +139,7 @@ def _compose(names: tuple[str, ...], classes: tuple[type[Method], ...]) -> type[
         "trained": any(cls.trained for cls in classes),
         "taps": frozenset().union(*(cls.taps for cls in classes)),
         "stage": of_encoder.stage if of_encoder else "tower",
+        "version": sum(cls.version - 1 for cls in classes) + 1,
         "merges": any(cls.merges for cls in classes),
         "needs_config": next((cls.needs_config for cls in classes if cls.needs_config), None),
         "part_classes": dict(zip(names, classes, strict=True)),

@@ -5,6 +5,9 @@ tiles in proportion to the attention of the CLS row in encoder *block 0* of the 
 image which the tile shows; in each tile the tokens with the most CLS attention in *block -2* stay, in the order of the
 image. An image of one tile: the T best. The authors' rate (0.2, 0.4) of all tokens is `keep` here.
 
+The release does not follow this sharing rule of its paper; ours does, so that on images of several tiles the two keep
+other tokens. On one tile they keep the same.
+
 Deviations: the surrogate for a missing CLS (`visor.vision.taps.TAPS`); N counts the tokens that the family's packing
 leaves (padding cropped), and a line's end is no candidate; the part of the overview that a tile shows is found from
 the image itself without its padding; what rounding leaves of the shares goes to the highest scores, so that exactly T

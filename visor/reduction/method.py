@@ -38,6 +38,7 @@ class Method(ABC):
         needs_config: field of the model's config that says its weights were trained for this method, if any must.
         looks_back: True if an in-decoder rule scores with the layer before, which must then be a SELF layer.
         merges: True if tokens live on in others, so that keeping (nearly) all is not the dense model.
+        version: raised when the rule changes, so that records of the earlier one are not taken for its own.
         adaptive: True if how many tokens stay may follow from the image (`resolve`).
     """
 
@@ -53,6 +54,7 @@ class Method(ABC):
     looks_back: ClassVar[bool] = False
     merges: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
+    version: ClassVar[int] = 1
 
     @abstractmethod
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:

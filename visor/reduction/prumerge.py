@@ -3,13 +3,17 @@
 Scores come from the tower's last block with its heads taken for one over the full width: softmax(q k^T / sqrt(width)),
 row of the CLS. Kept are the scores above Q3 + 1.5 IQR. To each kept token its 32 nearest tokens by cosine of keys are
 added, weighted by their scores; one more token is the sum of score x feature over all that is not kept. Output in the
-order of falling score. PruMerge+ adds tokens evenly spaced among the others.
+order of falling score, that token last. PruMerge+ keeps evenly spaced tokens besides, behind the outliers and in the
+order of the image: with n outliers of N tokens those of 0, s, 2s, ... below N - 1 that are no outliers,
+s = int(int(N / n) / 3).
 
-How many tokens stand out depends on the image. `keep=None` is the authors' rule: the number is settled once the image
-is encoded (`resolve`). A budget needs a number, and then `keep - 1` tokens stay: PruMerge takes those with the highest
-scores (which are the outliers where the numbers agree), PruMerge+ the outliers and evenly spaced others up to it.
-Deviations: that, the surrogate for a missing CLS (`visor.vision.taps.TAPS`), and that an image of several tiles is one
-set.
+How many tokens stay depends on the image. `keep=None` is the authors' rule: the number is settled once the image is
+encoded (`resolve`). A budget needs a number, and then `keep - 1` tokens stay: PruMerge takes those with the highest
+scores (which are the outliers where the numbers agree), PruMerge+ the outliers, by score as long as there is room, and
+as many evenly spaced others (the authors' where the numbers agree).
+Deviations: that; where nothing stands out, or more than a third does, the release of PruMerge+ divides by zero, and we
+take s of one outlier, and s = 1; the surrogate for a missing CLS (`visor.vision.taps.TAPS`); and an image of several
+tiles is one set.
 
 Shapes: B samples, N visual tokens, K kept ones, E feature width, w tower width.
 """
@@ -47,9 +51,10 @@ class PruMerge(Method):
     taps: ClassVar[frozenset[str]] = frozenset({"last_salience", "last_keys"})
     merges: ClassVar[bool] = True
     adaptive: ClassVar[bool] = True
+    usually_one_in: ClassVar[int] = 18  # tokens that stay on the authors' benchmarks
 
     def __post_init__(self) -> None:
-        if self.keep is not None or not self.adaptive:
+        if self.keep is not None:
             check_integer(self.title, "keep", self.keep, 1)
         check_integer(self.title, "neighbours", self.neighbours, 0)
 
@@ -65,10 +70,10 @@ class PruMerge(Method):
         return [replace(self, keep=keep) for keep in range(1, num_visual + 1)]
 
     def resolve(self, schedule: Schedule, vision: VisionFeatures) -> Schedule:
-        """As many tokens as stand out, and the one into which the others go. A schedule with a number stays."""
+        """As many tokens as the image asks for, and the one of the others. A schedule with a number stays."""
         if schedule.encoder.keep < schedule.source_visual:
             return schedule
-        keep = min(int(outliers(vision.tap("last_salience")).sum()) + 1, schedule.source_visual)
+        keep = min(int(self.asked_for(vision.tap("last_salience")).sum()) + 1, schedule.source_visual)
         return replace(schedule, encoder=Reduction(self.name, keep, schedule.encoder.params))
 
     def scoring_flops(self, geometry: ModelGeometry, schedule: Schedule, num_text: int) -> int:
@@ -79,21 +84,25 @@ class PruMerge(Method):
         flops = salience_flops(geometry, num_visual) + 2 * kept * num_visual * geometry.vision.hidden_size
         return flops + 2 * (kept + 1) * num_visual * feature_width(geometry)
 
-    def choose(self, scores_BN: torch.Tensor, num_kept: int) -> torch.Tensor:
-        """A mask of `num_kept` tokens of each sample."""
-        from visor.reduction._tokens import kept_mask, ranked
+    def asked_for(self, scores_BN: torch.Tensor) -> torch.Tensor:
+        """A mask of the tokens that the authors' rule keeps of each image."""
+        return outliers(scores_BN)
 
-        return kept_mask(ranked(scores_BN)[:, :num_kept], scores_BN.shape[1])
+    def choose(self, scores_BN: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """The places [B, num_kept] of the tokens that stay, in the order in which they leave."""
+        from visor.reduction._tokens import ranked
+
+        return ranked(scores_BN)[:, :num_kept]
 
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         import torch
 
-        from visor.reduction._tokens import ranked, take
+        from visor.reduction._tokens import kept_mask, take
         from visor.vision.features import ReducedFeatures
 
         scores_BN, features_BNE = vision.tap("last_salience"), vision.features_BND.float()
-        kept_BN = self.choose(scores_BN, keep - 1)
-        kept_BK = ranked(scores_BN.masked_fill(~kept_BN, -torch.inf))[:, : keep - 1]
+        kept_BK = self.choose(scores_BN, keep - 1)
+        kept_BN = kept_mask(kept_BK, vision.num_tokens)
         weight_BN = scores_BN.clamp(min=0)  # a line's end between tiles has no score
         keys_BNw = torch.nn.functional.normalize(vision.tap("last_keys").float(), dim=-1)
         alike_BKN = take(keys_BNw, kept_BK) @ keys_BNw.transpose(1, 2)
@@ -113,22 +122,34 @@ class PruMerge(Method):
 @METHODS.register("prumerge+")
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """Options: `keep` tokens in all, merged ones included (a sample that has fewer keeps all); `neighbours` that are
-    merged into a kept token."""
-
-    keep: int = 144
+    """Options: `keep` tokens in all, merged ones included (a sample that has fewer keeps all), or None: as the authors
+    have it; `neighbours` that are merged into a kept token."""
 
     name: ClassVar[str] = "prumerge+"
     title: ClassVar[str] = "PruMerge+"
-    adaptive: ClassVar[bool] = False
+    version: ClassVar[int] = 2
+    usually_one_in: ClassVar[int] = 4
+
+    def asked_for(self, scores_BN: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        stands_out_BN, is_patch_BN = outliers(scores_BN), scores_BN >= 0
+        num_B1 = is_patch_BN.sum(1, keepdim=True)
+        step_B1 = (num_B1 // stands_out_BN.sum(1, keepdim=True).clamp(min=1) // 3).clamp(min=1)
+        place_BN = is_patch_BN.cumsum(1) - 1  # a line's end between tiles has no score and is no token of the image
+        is_spaced_BN = is_patch_BN & (place_BN % step_B1 == 0) & (place_BN < num_B1 - 1)
+        return torch.where(is_patch_BN, stands_out_BN | is_spaced_BN, False)
 
     def choose(self, scores_BN: torch.Tensor, num_kept: int) -> torch.Tensor:
         import torch
 
-        from visor.reduction._tokens import kept_mask, ranked
+        from visor.reduction._tokens import ranked
 
-        best_BN = kept_mask(ranked(scores_BN)[:, :num_kept], scores_BN.shape[1])
-        kept_BN = outliers(scores_BN) & best_BN  # no more outliers than there is room for
+        order_BN = ranked(scores_BN)
+        rank_BN = order_BN.argsort(dim=1)
+        first_BN = outliers(scores_BN) & (rank_BN < num_kept)  # no more outliers than there is room for
+        own_BN = self.asked_for(scores_BN)
+        kept_BN = torch.where(own_BN.sum(1, keepdim=True) == num_kept, own_BN, first_BN)
         # A line's end between tiles has no score; it is taken only where nothing else is left.
         for others_BN in (~kept_BN & (scores_BN >= 0), scores_BN < 0):
             room_B1 = num_kept - kept_BN.sum(1, keepdim=True)
@@ -137,7 +158,10 @@ class PruMergePlus(PruMerge):
             place_BN = others_BN.cumsum(1)  # 1, 2, ... among the others
             steps = lambda place, wanted=wanted_B1, there=there_B1: (place * wanted) // there.clamp(min=1)
             kept_BN = kept_BN | (others_BN & (steps(place_BN) > steps(place_BN - 1)))
-        return kept_BN
+        # Outliers by score, then the others by place.
+        behind_BN = rank_BN.shape[1] + torch.arange(rank_BN.shape[1], device=rank_BN.device)
+        key_BN = torch.where(first_BN, rank_BN, behind_BN).masked_fill(~kept_BN, 3 * rank_BN.shape[1])
+        return key_BN.argsort(dim=1, stable=True)[:, :num_kept]
 
 
 def outliers(scores_BN: torch.Tensor) -> torch.Tensor:

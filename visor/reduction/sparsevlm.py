@@ -11,24 +11,31 @@ How many stay is a table for 576 visual tokens, `tokens` being its row:
 
 v1.5 recycles: of the D dropped tokens the best n = int(0.3 D) + 1 form c = int(n / 10) + 1 clusters by density peaks
 (distance L2 / sqrt(d), density exp(-mean squared distance to the c nearest)); the mean of each cluster stands behind
-the kept tokens. Position ids are renumbered. v2 does not recycle and keeps position ids.
+the kept tokens. Position ids are renumbered.
 
-Deviations: other values of `tokens` and other numbers of visual tokens interpolate the table in proportion; ties go to
-the earlier token instead of to noise; where no text token is above average all of them rate, and without text after
-the image the last prompt token does; of two ways to split a count the one with fewer clusters is taken.
+v2 does not recycle and keeps position ids, and its score has two rules more. The attention, behind its softmax, is
+divided by what RoPE makes of the product of an all-ones query and an all-ones key, over sqrt(head width): a function of
+their distance, 11.3 at 0 and 2.35 at 600 at a head width of 128, so that distant tokens are not rated down for being
+distant. And only the heads count (14 of 32, here in proportion) that then have the most attention from the raters to
+the image. A kernel of narrow heads or of great distances can come near 0 or below it, and so can the release's.
 
-Shapes: B batch, N live tokens, V visual, W text tokens, R recycled, C clusters, D hidden width.
+Deviations: other values of `tokens` and other numbers of visual tokens interpolate the table in proportion; of two
+points of equal density the earlier is the denser (the release adds noise), and equal points are at equal distances;
+where no text token is above average all of them rate, and without text after the image the last prompt token does; of
+two ways to split a count the one with fewer clusters is taken.
+
+Shapes: B batch, N live tokens, V visual, W text tokens, R recycled, C clusters, D hidden width, H heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.reduction._arithmetic import check_choice, check_integer, inside_decoder
+from visor.reduction._arithmetic import check_choice, check_fraction, check_integer, inside_decoder
 from visor.reduction.method import Method
 
 if TYPE_CHECKING:
@@ -57,6 +64,7 @@ class SparseVLM(Method):
     looks_back: ClassVar[bool] = True
     reads_embeddings: ClassVar[bool] = True
     merges: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     table: ClassVar[dict[int, tuple[int, int, int]]] = {
         0: (0, 0, 0), 64: (66, 30, 17), 96: (238, 48, 26), 128: (303, 110, 36), 192: (300, 200, 110),
         576: (576, 576, 576),
@@ -110,8 +118,11 @@ class SparseVLM(Method):
         for entry, kept in zip(self.entries(geometry.num_layers), self.kept(num_visual), strict=True):
             kept = min(kept, live)
             live = keep_at_layer[entry] = kept + (num_clusters(live - kept) if self.recycle else 0)
-        params = {"positions": self.positions, "recycle": self.recycle}
-        return inside_decoder(geometry.num_layers, num_visual, self.name, keep_at_layer, self.positions, params)
+        return inside_decoder(geometry.num_layers, num_visual, self.name, keep_at_layer, self.positions, self.params())
+
+    def params(self) -> dict[str, Any]:
+        """The options that change the rule, for the schedule."""
+        return {"positions": self.positions, "recycle": self.recycle}
 
     def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[SparseVLM]:
         return [replace(self, tokens=tokens) for tokens in range(1, num_visual + 1)]
@@ -130,14 +141,19 @@ class SparseVLM(Method):
                     flops += 2 * num_recycled(live - split(live, op.reduce.keep)[0]) ** 2 * width
         return flops
 
-    def score_tokens(self, context: LayerContext) -> torch.Tensor:
+    def rows(self, context: LayerContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query rows [B, W] of all text tokens, and 1 at those that rate."""
+        from visor.engine.streams import take
+
         if "raters" not in context.memo:
             context.memo["raters"] = raters(context)
         text_BW, is_text_BW = context.slots(context.valid_BN & ~context.visual_BN, context.num_text)
-        from visor.engine.streams import take
-
         weights_BN = take(context.memo["raters"], context.origin_BN)
-        return context.attention_row(text_BW, weights=take(weights_BN, text_BW) * is_text_BW)
+        return text_BW, take(weights_BN, text_BW) * is_text_BW
+
+    def score_tokens(self, context: LayerContext) -> torch.Tensor:
+        text_BW, weights_BW = self.rows(context)
+        return context.attention_row(text_BW, weights=weights_BW)
 
     def select_tokens(self, context: LayerContext) -> Selection:
         from visor.engine.context import best_scored
@@ -149,10 +165,12 @@ class SparseVLM(Method):
 @METHODS.register("sparsevlm-v2")
 @dataclass(frozen=True)
 class SparseVLM2(SparseVLM):
-    """Options as of SparseVLM; by default position ids are kept and nothing is recycled."""
+    """Options as of SparseVLM; by default position ids are kept and nothing is recycled. `head_share`: of the heads,
+    which count, those with the most attention from the raters to the image; the authors' 14 of 32."""
 
     positions: str = "kept"
     recycle: bool = False
+    head_share: float = 14 / 32
 
     name: ClassVar[str] = "sparsevlm-v2"
     title: ClassVar[str] = "SparseVLM v2"
@@ -161,6 +179,47 @@ class SparseVLM2(SparseVLM):
         0: (0, 0, 0), 64: (66, 34, 20), 96: (246, 54, 28), 128: (238, 108, 60), 192: (300, 200, 118),
         576: (576, 576, 576),
     }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction(self.title, "head_share", self.head_share, low=0, high=1, includes_high=True)
+
+    def params(self) -> dict[str, Any]:
+        return {**super().params(), "head_share": self.head_share}
+
+    def scoring_flops(self, geometry: ModelGeometry, schedule: Schedule, num_text: int) -> int:
+        """And a stage, the kernel of all text rows: one product as wide as a head."""
+        flops = super().scoring_flops(geometry, schedule, num_text)
+        for layer, op in enumerate(schedule.layers):
+            if op.reduce and op.reduce.method == self.name:
+                flops += 2 * num_text * (schedule.visual_tokens[layer - 1] + num_text) * geometry.head_dim
+        return flops
+
+    def score_tokens(self, context: LayerContext) -> torch.Tensor:
+        text_BW, weights_BW = self.rows(context)
+        attention_BHWN = context.attention_heads(text_BW)
+        attention_BHWN = attention_BHWN / context.rotary_kernel(text_BW)[:, None]
+        return best_heads(attention_BHWN, weights_BW, context.visual_BN, self.head_share)
+
+
+def best_heads(
+    attention_BHWN: torch.Tensor, weights_BW: torch.Tensor, visual_BN: torch.Tensor, share: float
+) -> torch.Tensor:
+    """Mean over raters and over the heads with the most attention from raters to visual tokens: [B, N].
+
+    Args:
+        weights_BW: 1 at the query rows of raters; the others may hold anything.
+        share: of the heads that count, at least one.
+    """
+    import torch
+
+    # A padded row saw nothing and is NaN; where, because 0 * NaN would stay NaN.
+    rows_BHWN = torch.where(weights_BW[:, None, :, None] > 0, attention_BHWN, 0)
+    rated_BHN = rows_BHWN.sum(2) / weights_BW.sum(1)[:, None, None].clamp(min=1e-12)
+    mass_BH = torch.where(visual_BN[:, None], rated_BHN, 0).sum(-1)
+    num_heads = max(1, round(mass_BH.shape[1] * share))
+    counts_BH = mass_BH.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < num_heads
+    return torch.where(counts_BH[..., None], rated_BHN, 0).sum(1) / num_heads
 
 
 def num_recycled(num_dropped: int) -> int:
@@ -256,14 +315,18 @@ def clusters(
     norm_BR = points_BRD.square().sum(-1)
     square_BRR = norm_BR[:, :, None] + norm_BR[:, None] - 2 * points_BRD @ points_BRD.transpose(1, 2)
     square_BRR = square_BRR.clamp(min=0) * ~torch.eye(num_points, dtype=torch.bool, device=points_BRD.device) / width
+    square_BRR = exact(square_BRR, norm_BR / width)
     both_BRR = valid_BR[:, :, None] & valid_BR[:, None]
     square_BRR = square_BRR.masked_fill(~both_BRR, torch.inf)
     nearest_BRR = square_BRR.sort(dim=-1).values.cumsum(-1)
     index_BR1 = (num_B1 - 1).clamp(min=0, max=num_points - 1)[:, None].expand(-1, num_points, 1)
     spread_BR = nearest_BRR.gather(2, index_BR1)[..., 0] / num_B1.clamp(min=1)
     distance_BRR = square_BRR.sqrt()
-    # Denser means less spread; compared before the exponential, which may be 0 for all.
+    # Denser means less spread; compared before the exponential, which may be 0 for all. Of equals the earlier is the
+    # denser: with two clusters the density is that of the nearest neighbour, so each other's nearest are equals.
+    is_earlier_RR = torch.ones_like(both_BRR[0]).tril(-1)
     is_denser_BRR = spread_BR[:, None] < spread_BR[:, :, None]
+    is_denser_BRR |= (spread_BR[:, None] == spread_BR[:, :, None]) & is_earlier_RR
     to_denser_BR = distance_BRR.masked_fill(~is_denser_BRR, torch.inf).amin(-1)
     farthest_BR = distance_BRR.masked_fill(~both_BRR, 0).amax(-1)
     to_denser_BR = torch.where(to_denser_BR.isinf(), farthest_BR, to_denser_BR)
@@ -279,3 +342,19 @@ def clusters(
     points_BRD = points_BRD * valid_BR[..., None]
     sums_BCD = sums_BCD.scatter_add(1, joins_BR[..., None].expand_as(points_BRD), points_BRD)
     return sums_BCD / member_BCR.sum(-1, keepdim=True).clamp(min=1), centre_BC
+
+
+def exact(square_BRR: torch.Tensor, norm_BR: torch.Tensor) -> torch.Tensor:
+    """Squared distances without what rounding makes unequal: as far there as back, and equal points equally far.
+
+    Args:
+        norm_BR: squared length of each point, in the unit of the distances.
+    """
+    from visor.reduction._tokens import ROUNDING
+
+    square_BRR = square_BRR.triu() + square_BRR.triu(1).transpose(1, 2)
+    is_same_BRR = square_BRR <= ROUNDING * (norm_BR[:, :, None] + norm_BR[:, None])
+    first_BR = is_same_BRR.byte().argmax(2)  # of points that are the same the first
+    rows_BRR = square_BRR.gather(1, first_BR[:, :, None].expand_as(square_BRR))
+    square_BRR = rows_BRR.gather(2, first_BR[:, None].expand_as(square_BRR))
+    return square_BRR.masked_fill(first_BR[:, :, None] == first_BR[:, None], 0.0)

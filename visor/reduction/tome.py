@@ -1,15 +1,20 @@
 """ToMe: in every block of the tower merge the most similar pairs of tokens, a few at a time.
 
-Between attention and MLP of a block the tokens are split into even and odd places; each even token looks for the odd
-one with the most similar key (cosine, keys averaged over heads), and the r best pairs are merged into their mean,
-weighted by how many patches each stands for. Attention logits get + log(size). The CLS is protected. r is the smallest
-number with which the blocks together leave `keep` tokens (the authors give r).
+Between attention and MLP of a block the tower's tokens, CLS included, are dealt in turn to two sets: A gets the first,
+third, ... and B the others, so that behind a CLS the patches 1, 3, 5, ... are in A. Each token of A looks for the one
+of B with the most similar key (cosine, keys averaged over heads), and the r best pairs are merged into their mean,
+weighted by how many patches each stands for. What is left of A, in order, and then B is what the next block deals out;
+the order of the image returns once, behind the last block, by the places of those that were never merged into another.
+Attention logits get + log(size). The CLS stays as it is. r is the smallest number with which the blocks together leave
+`keep` tokens (the authors give r).
 
-Deviations: merged tokens stay in the order of the image (the release puts what was not merged first), because the
-decoder numbers visual tokens by it. CLIP and SigLIP towers; images of several packed tiles are refused, because their
-packing needs the grid that merging dissolves.
+In a tower without CLS the release leaves the rest of A in the order of falling similarity; so do we.
 
-Shapes: T tiles, P live tower tokens (CLS included), X even and Y odd ones, N patches, D tower width.
+Deviations: the order of the image at the end, because the decoder numbers visual tokens by it (the release only
+classifies); of equally similar tokens the earlier. CLIP and SigLIP towers; images of several packed tiles are refused,
+because their packing needs the grid that merging dissolves.
+
+Shapes: T tiles, P live tower tokens (CLS included), X of them in A and Y in B, N patches, D tower width.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ class ToMe(Method):
     paper: ClassVar[str] = "Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023"
     stage: ClassVar[str] = "inside"
     merges: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_integer(self.title, "keep", self.keep, 1)
@@ -60,12 +66,13 @@ class ToMe(Method):
         return [replace(self, keep=keep) for keep in range(least, num_visual + 1)]
 
     def scoring_flops(self, geometry: ModelGeometry, schedule: Schedule, num_text: int) -> int:
-        """In each block the similarity of the even to the odd tokens, one head wide."""
+        """In each block the similarity of the tokens of A to those of B, one head wide."""
         if not is_reduced_by(schedule, "tome"):
             return 0
         per_block = lengths(schedule.source_visual, schedule.encoder.keep, feature_blocks(self.title, geometry))
         head = geometry.vision.hidden_size // geometry.vision.num_heads
-        return sum(2 * -(-live // 2) * (live // 2) * head for live, left in per_block if left < live)
+        merging = [live + geometry.vision.num_prefix_tokens for live, left in per_block if left < live]
+        return sum(2 * -(-tokens // 2) * (tokens // 2) * head for tokens in merging)
 
     def tower_flops(self, geometry: ModelGeometry, schedule: Schedule) -> int:
         """Embedding and blocks, each at the tokens it has: attention before, MLP after merging."""
@@ -83,32 +90,33 @@ class ToMe(Method):
         import torch
 
         from visor.engine.stopwatch import scoring
-        from visor.vision.taps import reading_block, split_heads
+        from visor.engine.streams import take
+        from visor.vision.taps import recorded_projections, split_heads
 
         hidden_TPD = walk.embed(tiles)
         prefix = int(walk.has_cls)
         num_visual = hidden_TPD.shape[1] - prefix
         size_TP = torch.ones(hidden_TPD.shape[:2], device=hidden_TPD.device)
-        origin_TP = torch.arange(num_visual, device=hidden_TPD.device).expand(len(hidden_TPD), -1)
+        place_TP = torch.arange(hidden_TPD.shape[1], device=hidden_TPD.device).expand(len(hidden_TPD), -1)
         for block, (live, left) in zip(walk.blocks, lengths(num_visual, keep, len(walk.blocks)), strict=True):
             bias_T1PP = None
             if self.size_bias and live < num_visual:  # before the first merge all sizes are 1, and the bias is 0
                 bias_T11P = size_TP.log().to(hidden_TPD.dtype)[:, None, None]
                 bias_T1PP = bias_T11P.expand(-1, -1, hidden_TPD.shape[1], -1)
-            with reading_block(block, "k") as seen:
+            with recorded_projections(block, "k") as seen:
                 hidden_TPD = walk.attend(block, hidden_TPD, bias_T1PP)
             if left < live:
                 with scoring("tower"):
-                    keys_TNd = split_heads(seen["k"], walk.num_heads).mean(1)[:, prefix:]
-                    hidden_TND, size_TN, stays_TM = merge_pairs(
-                        hidden_TPD[:, prefix:], size_TP[:, prefix:], keys_TNd, live - left
+                    keys_TPd = split_heads(seen["k"], walk.num_heads).mean(1)
+                    hidden_TPD, size_TP, stays_TM = merge_pairs(
+                        hidden_TPD, size_TP, keys_TPd, live - left, walk.has_cls
                     )
-                hidden_TPD = torch.cat([hidden_TPD[:, :prefix], hidden_TND], dim=1)
-                size_TP = torch.cat([size_TP[:, :prefix], size_TN], dim=1)
-                origin_TP = origin_TP.gather(1, stays_TM)
+                    place_TP = place_TP.gather(1, stays_TM)
             hidden_TPD = walk.feed_forward(block, hidden_TPD)
+        place_TP, order_TP = place_TP.sort(dim=1)
+        origin_TK = place_TP[:, prefix:] - prefix
         kept_TN = torch.zeros((len(hidden_TPD), num_visual), dtype=torch.bool, device=hidden_TPD.device)
-        return hidden_TPD, kept_TN.scatter(1, origin_TP, True)
+        return take(hidden_TPD, order_TP), kept_TN.scatter(1, origin_TK, True)
 
 
 @lru_cache(maxsize=65536)
@@ -135,26 +143,34 @@ def lengths(num_visual: int, keep: int, num_blocks: int) -> list[tuple[int, int]
 
 
 def merge_pairs(
-    hidden_TPD: torch.Tensor, size_TP: torch.Tensor, keys_TPd: torch.Tensor, num_merged: int
+    hidden_TPD: torch.Tensor, size_TP: torch.Tensor, keys_TPd: torch.Tensor, num_merged: int, has_cls: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Merge the `num_merged` most similar (even, odd) pairs of tokens, weighted by size.
+    """Merge the `num_merged` tokens of A most similar to one of B into it, weighted by size.
+
+    Args:
+        has_cls: True if the first token is a CLS, which is merged into none.
 
     Returns:
-        Tokens [T, P - num_merged, D] in order, their sizes, and the places [T, P - num_merged] they had.
+        Tokens [T, P - num_merged, D], what is left of A and then B; their sizes; and the places they had.
     """
     import torch
 
-    tiles, num_tokens, width = hidden_TPD.shape
+    width = hidden_TPD.shape[-1]
     unit_TPd = torch.nn.functional.normalize(keys_TPd.float(), dim=-1)
     alike_TX, partner_TX = (unit_TPd[:, ::2] @ unit_TPd[:, 1::2].transpose(1, 2)).max(-1)
-    merged_TR = 2 * alike_TX.argsort(dim=1, descending=True, stable=True)[:, :num_merged]
-    into_TR = 2 * partner_TX.gather(1, merged_TR // 2) + 1
-    weight_TP1 = size_TP.float()[..., None]
-    sums_TPD = hidden_TPD.float() * weight_TP1
+    if has_cls:
+        alike_TX[:, 0] = -torch.inf
+    ranked_TX = alike_TX.argsort(dim=1, descending=True, stable=True)
+    merged_TR, rest_TX = ranked_TX[:, :num_merged], ranked_TX[:, num_merged:]
+    if has_cls:  # sorted, so that the CLS comes first again
+        rest_TX = rest_TX.sort(dim=1).values
+    into_TR = 2 * partner_TX.gather(1, merged_TR) + 1
+    merged_TR = 2 * merged_TR
+    sums_TPD = hidden_TPD.float() * size_TP.float()[..., None]
     wide = lambda index_TR: index_TR[..., None].expand(-1, -1, width)
     sums_TPD = sums_TPD.scatter_add(1, wide(into_TR), sums_TPD.gather(1, wide(merged_TR)))
     sizes_TP = size_TP.float().scatter_add(1, into_TR, size_TP.float().gather(1, merged_TR))
-    gone_TP = torch.zeros((tiles, num_tokens), dtype=torch.uint8, device=hidden_TPD.device).scatter(1, merged_TR, 1)
-    stays_TM = gone_TP.argsort(dim=1, stable=True)[:, : num_tokens - num_merged]
+    of_b_Y = torch.arange(1, hidden_TPD.shape[1], 2, device=hidden_TPD.device)
+    stays_TM = torch.cat([2 * rest_TX, of_b_Y.expand(len(hidden_TPD), -1)], dim=1)
     means_TPD = sums_TPD / sizes_TP[..., None]
     return means_TPD.gather(1, wide(stays_TM)).to(hidden_TPD.dtype), sizes_TP.gather(1, stays_TM), stays_TM

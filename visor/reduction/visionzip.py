@@ -4,6 +4,9 @@ Dominant tokens are those with the most attention in encoder block -2: the CLS r
 the attention a patch receives from all query rows (SigLIP has no CLS; the surrogate is named in BASELINES). Contextual
 tokens are evenly spaced among the leftover; every other leftover joins the one with the most similar key.
 
+An image of several tiles is one set of tokens here. The release has a budget for every tile: `per_tile=True` counts as
+it does (`visor.reduction._tiles`), but for the CLS of each tile, which packing drops: a patch has its place.
+
 Shapes: B samples, N visual tokens, R leftover, C contextual, D dominant, H key width, E feature width.
 """
 
@@ -15,7 +18,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
-from visor.reduction._arithmetic import after_tower, check_fraction, check_integer
+from visor.reduction._arithmetic import check_fraction, check_integer
+from visor.reduction._tiles import check_per_tile, full_tile, most_kept, reduce_in_tiles, resolved, tower_schedule
 from visor.reduction.method import Method
 
 if TYPE_CHECKING:
@@ -28,13 +32,15 @@ if TYPE_CHECKING:
 @METHODS.register("visionzip")
 @dataclass(frozen=True)
 class VisionZip(Method):
-    """Options: `keep` tokens in all (a sample that has fewer keeps all); `contextual`, the share of them that are
-    merged ones (the authors' 54 + 10; 0 turns merging off); `merge`, how a contextual token is made of its target and
-    what joined it: "add" = target + mean(joined), as released, or "mean" over target and joined."""
+    """Options: `keep` tokens in all (a sample that has fewer keeps all), of the image or, with `per_tile`, of each
+    tile; `contextual`, the share of them that are merged ones (the authors' 54 + 10; 0 turns merging off); `merge`, how
+    a contextual token is made of its target and what joined it: "add" = target + mean(joined), as released, or "mean"
+    over target and joined."""
 
     keep: int = 64
     contextual: float = 10 / 64
     merge: str = "add"
+    per_tile: bool = False
 
     title: ClassVar[str] = "VisionZip"
     paper: ClassVar[str] = "Yang et al., VisionZip: Longer is Better but Not Necessary in VLMs, CVPR 2025"
@@ -45,6 +51,7 @@ class VisionZip(Method):
         check_fraction(self.title, "contextual", self.contextual, low=0, high=1, includes_high=False)
         if self.merge not in ("add", "mean"):
             raise ValueError(f"VisionZip: merge must be 'add' or 'mean', got {self.merge!r}")
+        check_per_tile(self)
 
     def num_contextual(self, keep: int) -> int:
         """How many of `keep` tokens are merged ones; at least one token is always a dominant one."""
@@ -52,13 +59,14 @@ class VisionZip(Method):
 
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
         params = {"contextual": self.contextual, "merge": self.merge}
-        return after_tower(geometry.num_layers, num_visual, "visionzip", self.keep, params)
+        return tower_schedule(self, geometry, num_visual, "visionzip", params)
 
     def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[VisionZip]:
-        return [replace(self, keep=keep) for keep in range(1, num_visual + 1)]
+        return [replace(self, keep=keep) for keep in range(1, most_kept(self, geometry, num_visual) + 1)]
 
     def scoring_flops(self, geometry: ModelGeometry, schedule: Schedule, num_text: int) -> int:
-        """q.k of the scored rows in one tower block (all rows, or the CLS row), and the key similarities."""
+        """q.k of the scored rows in one tower block (all rows, or the CLS row), and the key similarities; where each
+        tile has a number, of full tiles."""
         if schedule.encoder is None or schedule.encoder.method != "visionzip":
             return 0
         num_visual, keep, tiles = (
@@ -69,16 +77,25 @@ class VisionZip(Method):
         tower = geometry.vision
         num_tokens = geometry.tower_tokens(num_visual)
         flops = tiles * 2 * (tower.num_prefix_tokens or num_tokens) * num_tokens * tower.hidden_size
+        sets, size = 1, num_visual
+        if self.per_tile:
+            sets, size, keep = tiles, full_tile(geometry, num_visual), self.keep
         num_contextual = self.num_contextual(keep)
         # The CLS takes one of the dominant places, so one patch more is left over.
-        num_leftover = num_visual - (keep - num_contextual) + tower.num_prefix_tokens
-        return flops + 2 * (num_leftover - num_contextual) * num_contextual * (tower.hidden_size // tower.num_heads)
+        num_leftover = size - (keep - num_contextual) + tower.num_prefix_tokens
+        head = tower.hidden_size // tower.num_heads
+        return flops + sets * 2 * (num_leftover - num_contextual) * num_contextual * head
+
+    def resolve(self, schedule: Schedule, vision: VisionFeatures) -> Schedule:
+        return resolved(self, schedule, vision)
 
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         import torch
 
         from visor.vision.features import ReducedFeatures
 
+        if self.per_tile:
+            return reduce_in_tiles(self, vision, self.num_contextual(self.keep))
         features_BNE, salience_BN, keys_BNH = vision.features_BND, vision.tap("salience"), vision.tap("keys")
         batch, num_visual, _ = features_BNE.shape
         if keep >= num_visual:

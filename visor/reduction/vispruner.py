@@ -5,7 +5,8 @@ attention, is thinned out until T - T r are left: the even and the odd places ar
 tokens most similar (cosine) to an odd one go, and what is left of the even ones, most similar first, stands before the
 odd ones in the next round. Output in the order of the image. Deviations: the surrogate for a missing CLS
 (`visor.vision.taps.TAPS`); tokens are chosen before the projector; an image of several tiles is one set of tokens,
-compared after the projector. One similarity matrix serves all rounds.
+compared after the projector, where the release has a budget for every tile: `per_tile=True` counts as it does
+(`visor.reduction._tiles`). One similarity matrix serves all rounds.
 
 Shapes: B samples, N visual tokens, R tokens not yet thinned out, E feature width.
 """
@@ -19,13 +20,13 @@ from typing import TYPE_CHECKING, ClassVar
 from budgets.registry import METHODS
 from budgets.schedule import Schedule
 from visor.reduction._arithmetic import (
-    after_tower,
     check_fraction,
     check_integer,
     feature_width,
     is_reduced_by,
     salience_flops,
 )
+from visor.reduction._tiles import check_per_tile, full_tile, most_kept, reduce_in_tiles, resolved, tower_schedule
 from visor.reduction.method import Method
 
 if TYPE_CHECKING:
@@ -38,12 +39,13 @@ if TYPE_CHECKING:
 @METHODS.register("vispruner")
 @dataclass(frozen=True)
 class VisPruner(Method):
-    """Options: `keep` tokens (a sample that has fewer keeps all); `important`, the share of them that is chosen by
-    attention; `step`, how many tokens at most go in a round."""
+    """Options: `keep` tokens (a sample that has fewer keeps all), of the image or, with `per_tile`, of each tile;
+    `important`, the share of them that is chosen by attention; `step`, how many tokens at most go in a round."""
 
     keep: int = 64
     important: float = 0.5
     step: int = 8
+    per_tile: bool = False
 
     title: ClassVar[str] = "VisPruner"
     paper: ClassVar[str] = "Zhang et al., Beyond Text-Visual Attention (VisPruner), ICCV 2025"
@@ -52,27 +54,37 @@ class VisPruner(Method):
     def __post_init__(self) -> None:
         check_integer(self.title, "keep", self.keep, 1)
         check_integer(self.title, "step", self.step, 1)
+        check_per_tile(self)
         check_fraction(self.title, "important", self.important, low=0, high=1, includes_high=True)
 
     def schedule(self, geometry: ModelGeometry, num_visual: int) -> Schedule:
         params = {"important": self.important, "step": self.step}
-        return after_tower(geometry.num_layers, num_visual, "vispruner", self.keep, params)
+        return tower_schedule(self, geometry, num_visual, "vispruner", params)
 
     def settings(self, geometry: ModelGeometry, num_visual: int) -> Sequence[VisPruner]:
-        return [replace(self, keep=keep) for keep in range(1, num_visual + 1)]
+        return [replace(self, keep=keep) for keep in range(1, most_kept(self, geometry, num_visual) + 1)]
 
     def scoring_flops(self, geometry: ModelGeometry, schedule: Schedule, num_text: int) -> int:
-        """The rows of one tower block, and the similarities of the tokens that are not important."""
+        """The rows of one tower block, and the similarities of the tokens that are not important: of full tiles, where
+        each has a number."""
         if not is_reduced_by(schedule, "vispruner"):
             return 0
-        num_rest = schedule.source_visual - int(schedule.encoder.keep * self.important)
-        return salience_flops(geometry, schedule.source_visual) + 2 * num_rest**2 * feature_width(geometry)
+        sets, size, keep = 1, schedule.source_visual, schedule.encoder.keep
+        if self.per_tile:
+            sets, size, keep = geometry.num_tiles(size), full_tile(geometry, size), self.keep
+        num_rest = size - int(keep * self.important)
+        return salience_flops(geometry, schedule.source_visual) + sets * 2 * num_rest**2 * feature_width(geometry)
+
+    def resolve(self, schedule: Schedule, vision: VisionFeatures) -> Schedule:
+        return resolved(self, schedule, vision)
 
     def reduce_features(self, vision: VisionFeatures, keep: int) -> ReducedFeatures:
         import torch
 
         from visor.reduction._tokens import chosen, cosines, ranked, take
 
+        if self.per_tile:
+            return reduce_in_tiles(self, vision)
         order_BN = ranked(vision.tap("salience"))
         num_important = int(keep * self.important)
         important_BK, rest_BR = order_BN[:, :num_important], order_BN[:, num_important:]

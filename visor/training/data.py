@@ -70,22 +70,18 @@ def read_image(value: Any, folder: Path | None, key: str) -> Image:
     Raises:
         BadRow: there is none, or it cannot be read.
     """
-    import io
-
-    from PIL import Image as pillow
+    from visor.vision.image import as_rgb, open_image
 
     if isinstance(value, Mapping):  # an undecoded Hugging Face image
         value = value.get("bytes") or value.get("path")
     if value is None or value == "":
         raise BadRow("no image")
     try:
-        if isinstance(value, pillow.Image):
-            return value.convert("RGB")
-        file = io.BytesIO(value) if isinstance(value, bytes) else (folder or Path()) / value
-        with pillow.open(file) as opened:
-            return opened.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds for broken files
-        raise BadRow(f"the image cannot be read: {type(error).__name__}: {error}") from error
+        if isinstance(value, bytes):
+            return open_image(value)
+        return open_image((folder or Path()) / value) if isinstance(value, (str, Path)) else as_rgb(value)
+    except ValueError as error:
+        raise BadRow(str(error)) from error
 
 
 def one_image(value: Any) -> Any:

@@ -24,11 +24,13 @@ def load_model(name_or_path: str | Path) -> tuple[nn.Module, Any]:
 
     import visor.model.configuration  # noqa: F401  registers VISOR models with the Auto classes
     from visor.inference import checkpoint
+    from visor.inference.loading import without_bars
 
     folder = checkpoint.resolve(name_or_path)
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
-    )
+    with without_bars():
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
+        )
     return model, AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 

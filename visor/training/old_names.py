@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 OPTIONS = {
@@ -33,9 +33,13 @@ def rename_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def rename_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters under their names of today, in the same order: an optimiser's state goes by it."""
-    return {_renamed(name): value for name, value in parameters.items()}
+def rename_parameters(parameters: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Parameters under their names of today, in the same order: an optimiser's state goes by it.
+
+    Args:
+        known: names that the stage has. They stay as they are: what is one stage's earlier name is another's own.
+    """
+    return {name if name in known else _renamed(name): value for name, value in parameters.items()}
 
 
 def _renamed(parameter: str) -> str:

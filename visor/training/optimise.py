@@ -98,7 +98,7 @@ class Training:
         if not self._state_path.exists():
             return
         state = torch.load(self._state_path, map_location="cpu", weights_only=True)
-        known, average = rename_parameters(state["parameters"]), rename_parameters(state["average"])
+        known, average = (rename_parameters(state[part], self.parameters) for part in ("parameters", "average"))
         sizes = lambda parameters: {name: tuple(p.shape) for name, p in parameters.items()}
         if sizes(known) != sizes(self.parameters) or bool(average) != bool(self.average):
             raise ValueError(

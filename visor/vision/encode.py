@@ -20,19 +20,19 @@ from budgets.registry import METHODS
 from budgets.schedule import Reduction, Schedule
 from visor.engine.stopwatch import scoring
 from visor.families.base import FamilyAdapter
-from visor.inference.prompt import PreparedSample
 from visor.reduction.method import Method, tower_reduction
 from visor.vision.features import ReducedFeatures, VisionFeatures, encode_images, project
-from visor.vision.multi_image import SeveralImages, images_of, joined, reductions
+from visor.vision.multi_image import MultiImageFeatures, concatenate, images_of, reductions_by_image
+from visor.vision.prepared import PreparedSample
 
-VisionRow = VisionFeatures | SeveralImages | None
+VisionRow = VisionFeatures | MultiImageFeatures | None
 """The tower's features of one sample; None without an image."""
 
 
 def taps_of(schedules: Sequence[Schedule]) -> frozenset[str]:
     """What the encoder-side methods of these schedules must see of the tower."""
-    names = {schedule.encoder.method for schedule in schedules if schedule.encoder}
-    return frozenset().union(*(METHODS.get(name).taps for name in names))
+    reductions = {schedule.encoder for schedule in schedules if schedule.encoder}
+    return frozenset().union(*(method_of(reduction).taps for reduction in reductions))
 
 
 def method_of(reduction: Reduction) -> Method:
@@ -68,7 +68,7 @@ def encode(
     rows: list[VisionRow] = []
     for sample in prepared:
         images = [next(encoded) for _ in range(sample.num_images)] if sample.image_key is not None else [None]
-        rows.append(images[0] if len(images) == 1 else SeveralImages(tuple(images)))
+        rows.append(images[0] if len(images) == 1 else MultiImageFeatures(tuple(images)))
     return rows
 
 
@@ -80,9 +80,9 @@ def resolve(vision: Sequence[VisionRow], schedules: Sequence[Schedule]) -> list[
     """
     resolved = []
     for row, schedule in zip(vision, schedules, strict=True):
-        if row is not None and schedule.encoder is not None and METHODS.get(schedule.encoder.method).adaptive:
-            method = method_of(schedule.encoder)
-            if isinstance(row, SeveralImages):
+        method = method_of(schedule.encoder) if row is not None and schedule.encoder is not None else None
+        if method is not None and method.adaptive:
+            if isinstance(row, MultiImageFeatures):
                 raise ValueError(
                     f"{method.title}: how many tokens stay follows from the image, and the prompt has "
                     f"{len(row.images)}; give a number"
@@ -108,7 +108,7 @@ def reduce(
             continue
         _check_row(row, schedule)
         images = images_of(row)
-        shares = reductions(schedule.encoder, [image.num_tokens for image in images])
+        shares = reductions_by_image(schedule.encoder, [image.num_tokens for image in images])
         for number, (image, reduction) in enumerate(zip(images, shares, strict=True)):
             groups[image.num_tokens, image.grid, image.stage, reduction].append((index, number))
     reduced_images: dict[tuple[int, int], ReducedFeatures] = {}
@@ -121,7 +121,7 @@ def reduce(
         if row is not None:
             images = images_of(row)
             own = [reduced_images[index, number] for number in range(len(images))]
-            results[index] = joined(own, [image.num_tokens for image in images])
+            results[index] = concatenate(own, [image.num_tokens for image in images])
     return results
 
 
@@ -164,7 +164,7 @@ def _with_text(
             with scoring("features"):
                 text = (_embedded_text(adapter, sample),)
             images = tuple(replace(image, text=text) for image in images_of(row))
-            rows[index] = images[0] if len(images) == 1 else SeveralImages(images)
+            rows[index] = images[0] if len(images) == 1 else MultiImageFeatures(images)
     return rows
 
 
@@ -175,7 +175,7 @@ def _embedded_text(adapter: FamilyAdapter, sample: PreparedSample) -> Tensor:
     return adapter.decoder.embed_tokens(ids)
 
 
-def _check_row(row: VisionFeatures | SeveralImages, schedule: Schedule) -> None:
+def _check_row(row: VisionFeatures | MultiImageFeatures, schedule: Schedule) -> None:
     if row.image_scale != schedule.image_scale:
         raise ValueError(
             f"the vision features were encoded at image_scale={row.image_scale}, the schedule needs "

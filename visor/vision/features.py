@@ -24,7 +24,7 @@ from visor.vision.taps import (
     check_taps,
     packed_tap,
     read_taps,
-    reading_block,
+    recorded_projections,
     tile_places,
     tower_blocks,
     tower_has_cls,
@@ -182,7 +182,7 @@ def run_tower(
     check_taps(taps)
     tower, config = adapter.tower, adapter.model.config
     has_cls = tower_has_cls(tower)
-    cuts_cls = config.vision_feature_select_strategy == "default"
+    cuts_cls = adapter.cuts_first_token
     layers = config.vision_feature_layer
     tiles_T3HW = resized(tiles_T3HW, config.vision_config.patch_size, image_scale)
     # A plain call where nothing is resized: the features must be the model's own to the bit.
@@ -190,7 +190,7 @@ def run_tower(
     blocks = tower_blocks(tower)
     with ExitStack() as stack:
         wanted = {BLOCK_OF_TAP[tap] for tap in taps if tap in BLOCK_OF_TAP}
-        seen = {index: stack.enter_context(reading_block(blocks[index])) for index in sorted(wanted)}
+        seen = {index: stack.enter_context(recorded_projections(blocks[index])) for index in sorted(wanted)}
         hidden = tower(tiles_T3HW, output_hidden_states=layers, return_dict=True, **resizing).hidden_states
     chosen_TPD = hidden[layers] if isinstance(layers, int) else torch.cat([hidden[layer] for layer in layers], dim=-1)
     features_TND = chosen_TPD[:, 1:] if cuts_cls else chosen_TPD

@@ -1,8 +1,8 @@
-"""Several images in one prompt: each is encoded and reduced as it would be alone, then they stand in a row.
+"""Multi-image prompts: each image is encoded and reduced on its own, and their tokens follow in order.
 
 A schedule gives one number of tokens for all visual tokens of the prompt; the images share it in proportion to their
-own numbers. So a method that works on one image works on several without knowing, and no image vanishes. In the decoder
-there is no difference: visual tokens of all images compete there.
+own numbers. So a method for one image works for several, and every image keeps at least one token. In the decoder there
+is no difference: visual tokens of all images compete for the same places.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from visor.vision.features import ReducedFeatures, VisionFeatures
 
 
 @dataclass(frozen=True)
-class SeveralImages:
+class MultiImageFeatures:
     """The vision features of the images of one prompt, in order."""
 
     images: tuple[VisionFeatures, ...]
@@ -26,6 +26,11 @@ class SeveralImages:
     def num_tokens(self) -> int:
         """Visual tokens of all images."""
         return sum(image.num_tokens for image in self.images)
+
+    @property
+    def grid(self) -> None:
+        """There is no one grid of several images."""
+        return None
 
     @property
     def num_bytes(self) -> int:
@@ -42,17 +47,17 @@ class SeveralImages:
         """The reduction inside the tower that all went through."""
         return self.images[0].inside
 
-    def to(self, device: torch.device | str) -> SeveralImages:
+    def to(self, device: torch.device | str) -> MultiImageFeatures:
         """The same on another device."""
-        return SeveralImages(tuple(image.to(device) for image in self.images))
+        return MultiImageFeatures(tuple(image.to(device) for image in self.images))
 
 
-def images_of(row: VisionFeatures | SeveralImages) -> tuple[VisionFeatures, ...]:
+def images_of(row: VisionFeatures | MultiImageFeatures) -> tuple[VisionFeatures, ...]:
     """The images of a sample, one or several."""
-    return row.images if isinstance(row, SeveralImages) else (row,)
+    return row.images if isinstance(row, MultiImageFeatures) else (row,)
 
 
-def shared(keep: int, counts: Sequence[int]) -> list[int]:
+def share_tokens(keep: int, counts: Sequence[int]) -> list[int]:
     """`keep` tokens shared among images of `counts` tokens: in proportion, at least one each, what rounding leaves to
     the largest remainders.
 
@@ -72,14 +77,14 @@ def shared(keep: int, counts: Sequence[int]) -> list[int]:
     return shares
 
 
-def reductions(reduction: Reduction | None, counts: Sequence[int]) -> list[Reduction | None]:
+def reductions_by_image(reduction: Reduction | None, counts: Sequence[int]) -> list[Reduction | None]:
     """The reduction of each image of a sample."""
     if reduction is None or len(counts) == 1:
         return [reduction] * len(counts)
-    return [replace(reduction, keep=keep) for keep in shared(reduction.keep, counts)]
+    return [replace(reduction, keep=keep) for keep in share_tokens(reduction.keep, counts)]
 
 
-def joined(images: Sequence[ReducedFeatures], counts: Sequence[int]) -> ReducedFeatures:
+def concatenate(images: Sequence[ReducedFeatures], counts: Sequence[int]) -> ReducedFeatures:
     """The reduced images (B = 1) of a sample as one. Each token's place counts through all images.
 
     Args:
@@ -99,8 +104,8 @@ def joined(images: Sequence[ReducedFeatures], counts: Sequence[int]) -> ReducedF
     )
 
 
-def left_of_images(
-    row: VisionFeatures | SeveralImages, reduced: ReducedFeatures, num_slots: int
+def tokens_left_by_image(
+    row: VisionFeatures | MultiImageFeatures, reduced: ReducedFeatures, num_slots: int
 ) -> list[tuple[int, int, list[int] | None]]:
     """For each image of a sample: its image tokens in the full prompt, what is left, and in whose places that stands.
 
@@ -119,7 +124,7 @@ def left_of_images(
         raise ValueError(
             f"{len(images)} images in a prompt: a method that shrinks the image, or acts inside the tower, takes one"
         )
-    shares = shared(num_left, counts) if num_left < num_slots else counts
+    shares = share_tokens(num_left, counts) if num_left < num_slots else counts
     result, before, start = [], 0, 0
     for count, share in zip(counts, shares, strict=True):
         own = None if places is None else [place - before for place in places[start : start + share]]

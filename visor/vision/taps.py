@@ -55,7 +55,7 @@ def tower_has_cls(tower: nn.Module) -> bool:
 
 
 @contextmanager
-def reading_block(block: nn.Module, names: str = "qk") -> Iterator[dict[str, Tensor]]:
+def recorded_projections(block: nn.Module, names: str = "qk") -> Iterator[dict[str, Tensor]]:
     """Within it, a forward of `block` leaves its projections [T, P, H d] in the dict, by name: "q", "k", "v"."""
     seen: dict[str, Tensor] = {}
     handles = []

@@ -43,12 +43,12 @@ class TowerWalk:
         self.blocks = list(every[: layer if layer >= 0 else len(every) + 1 + layer])
         self.num_heads: int = config.vision_config.num_attention_heads
         self.has_cls = tower_has_cls(self.tower)
-        cuts_first = config.vision_feature_select_strategy == "default"
+        cuts_first = adapter.cuts_first_token
         if self.has_cls != cuts_first:
             raise ValueError(
                 "methods that act inside the tower need a CLS that is cut off, or no CLS; here the tower "
-                f"{'has' if self.has_cls else 'has no'} CLS and vision_feature_select_strategy is "
-                f"{config.vision_feature_select_strategy!r}"
+                f"{'has' if self.has_cls else 'has no'} CLS and its first token is "
+                f"{'cut off' if cuts_first else 'kept'}"
             )
 
     def embed(self, tiles_T3HW: Tensor) -> Tensor:

@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from visor.embedded.trainer import Recipe, train, without_optimizer
 
 from visor.embedded import stages
 from visor.embedded.architecture import TinyArchitecture
-from visor.embedded.curriculum import MEMORY, Curriculum
+from visor.embedded.base_model import pack, run_base_stage
+from visor.embedded.curriculum import MEMORY, Curriculum, CurriculumOptions
+from visor.embedded.model import TinyModel
+from visor.embedded.packed_text import TextEncoder
+from visor.embedded.recipes import BASE_STAGES, recipe_of, stages_before
 from visor.embedded.vocabulary import build_processor, build_tokenizer
 from visor.worlds.worlds import scene
 
@@ -37,7 +41,7 @@ def test_tokenizer_gives_back_what_it_got(text):
 
 
 def test_packed_questions_equal_questions_asked_alone():
-    model = stages.TinyModel(SMALL).eval()
+    model = TinyModel(SMALL).eval()
     model.llava.set_attn_implementation("sdpa")
     processor = build_processor(SMALL.patch_size)
     scenes = [scene("forms", "train", 3, 0.5), scene("scenes", "train", 4)]
@@ -56,67 +60,78 @@ def test_packed_questions_equal_questions_asked_alone():
             num_answer = len(model.text.ids(question.answer)) + 1
             with torch.no_grad():
                 singles.append(model.llava(**inputs).logits[0, -num_answer - 1 : -1])
-    hints = text.early_BT[text.labels_BT >= 0]
+    hints = text.hint_BT[text.labels_BT >= 0]
     torch.testing.assert_close(packed[~hints], torch.cat(singles), atol=2e-5, rtol=1e-4)
 
 
 def test_whole_answers_are_marked():
-    text = stages.TextEncoder(build_tokenizer()).pack([scene("scenes", "train", 1)])
+    text = TextEncoder(build_tokenizer()).pack([scene("scenes", "train", 1)])
     logits = torch.nn.functional.one_hot(text.labels_BT[text.labels_BT >= 0], 250).float()
-    assert stages.answer_loss(logits, text)[1] == [[True] * len(text.kinds[0])]
-    hints = text.early_BT[text.labels_BT >= 0]
+    assert stages.answer_losses(logits, text)[2] == [[True] * len(text.kinds[0])]
+    hints = text.hint_BT[text.labels_BT >= 0]
     first_answer, first_hint = int((~hints).nonzero()[0]), int(hints.nonzero()[0])
     logits[first_hint] = -logits[first_hint]
-    assert stages.answer_loss(logits, text)[1] == [[True] * len(text.kinds[0])], "a hint is no answer"
+    assert stages.answer_losses(logits, text)[2] == [[True] * len(text.kinds[0])], "a hint is no answer"
     logits[first_answer] = -logits[first_answer]
-    assert stages.answer_loss(logits, text)[1] == [[False] + [True] * (len(text.kinds[0]) - 1)]
+    assert stages.answer_losses(logits, text)[2] == [[False] + [True] * (len(text.kinds[0]) - 1)]
 
 
-@pytest.mark.parametrize("name", ["DecoderStage", "TowerStage", "AlignStage", "DenseStage"])
+def quick(stage, **changes):
+    """The recipe of a stage with few steps."""
+    options = {"steps": 4, "batch_size": 3, "micro_batch": 2, "warmup": 2, "log_every": 1, **changes}
+    return recipe_of(stage, [f"optimisation.{name}={value}" for name, value in options.items()])
+
+
+def weights(folder):
+    return torch.load(folder / "state.pt", weights_only=True)["parameters"]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", BASE_STAGES)
 def test_an_interrupted_run_ends_with_the_same_weights(name, tmp_path):
-    recipe = Recipe(steps=4, batch_size=3, warmup=2)
-
-    def run(folder, **change):
-        stage = getattr(stages, name)(stages.TinyModel(SMALL))
-        train(stage, Recipe(**{**vars(recipe), **change}), folder)
-        return stage.module.state_dict()
-
-    whole = run(tmp_path / "whole")
-    stage = getattr(stages, name)(stages.TinyModel(SMALL))
-    train(stage, recipe, tmp_path / "broken", stop_after=2)
-    resumed = run(tmp_path / "broken")
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    rows = [json.loads(line) for line in (tmp_path / "whole" / f"{stage.name}.jsonl").read_text().splitlines()]
+    for earlier in stages_before(name, has_base=False):
+        run_base_stage(quick(earlier, steps=1), tmp_path / "whole", SMALL)
+    if (tmp_path / "whole").exists():
+        shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    run_base_stage(quick(name), tmp_path / "whole", SMALL)
+    stopped = run_base_stage(quick(name), tmp_path / "broken", SMALL, stop_after=2)
+    assert stopped["stopped"] == 2 and not (tmp_path / "broken" / name / "done.json").exists()
+    run_base_stage(quick(name), tmp_path / "broken", SMALL)
+    whole, resumed = weights(tmp_path / "whole" / name), weights(tmp_path / "broken" / name)
+    assert whole and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    rows = log(tmp_path / "whole" / name)
     assert rows[-1]["step"] == 4 and rows[-1]["loss"] > 0
 
 
 def test_a_packed_checkpoint_goes_on(tmp_path):
-    stage = stages.TowerStage(stages.TinyModel(SMALL))
-    train(stage, Recipe(steps=4, batch_size=2, warmup=2), tmp_path / "here", stop_after=2)
-    without_optimizer(tmp_path / "here" / "tower.pt", tmp_path / "there" / "tower.pt")
-    assert (tmp_path / "there" / "tower.pt").stat().st_size < 0.25 * (tmp_path / "here" / "tower.pt").stat().st_size
-    train(stage, Recipe(steps=4, batch_size=2, warmup=2), tmp_path / "there")
-    row = json.loads((tmp_path / "there" / "tower.jsonl").read_text().splitlines()[-1])
-    assert row["step"] == 4
+    here, there = tmp_path / "here", tmp_path / "there"
+    run_base_stage(quick("tower"), here, SMALL, stop_after=2)
+    assert pack(here, there) == ["tower"]
+    sizes = [(folder / "tower" / "state.pt").stat().st_size for folder in (here, there)]
+    assert sizes[1] < 0.25 * sizes[0]
+    document = run_base_stage(quick("tower"), there, SMALL)
+    assert document["steps"] == 4 and log(there / "tower")[-1]["step"] == 4
 
 
 def test_training_lowers_the_loss(tmp_path):
-    stage = stages.DecoderStage(stages.TinyModel(SMALL))
-    train(stage, Recipe(steps=60, batch_size=8, warmup=5, peak_rate=3e-3), tmp_path, log_every=0)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "decoder.jsonl").read_text().splitlines()]
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    run_base_stage(quick("decoder", steps=60, batch_size=8, micro_batch=8, warmup=5, peak_rate=3e-3), tmp_path, SMALL)
+    losses = [row["loss"] for row in log(tmp_path / "decoder")]
+    assert len(losses) == 60 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
 def test_curriculum_grows_and_unlocks_with_accuracy():
-    curriculum = Curriculum(("forms", "glyphs"))
+    curriculum = Curriculum(CurriculumOptions(("forms", "glyphs")))
     curriculum.note("forms", [True] * (MEMORY // 2))
-    assert curriculum.worlds["forms"].size == pytest.approx(curriculum.step) and curriculum.unlocked == 1
+    assert curriculum.worlds["forms"].size == pytest.approx(curriculum.options.step) and curriculum.unlocked == 1
     for _ in range(5):
         curriculum.note("forms", [True] * MEMORY)
     assert curriculum.unlocked == 2
-    again = Curriculum(("forms", "glyphs"))
+    again = Curriculum(CurriculumOptions(("forms", "glyphs")))
     again.load(json.loads(json.dumps(curriculum.state())))
-    assert again == curriculum
+    assert again.state() == curriculum.state()
 
 
 def test_a_missing_stage_is_an_error_that_says_what_to_run(tmp_path):

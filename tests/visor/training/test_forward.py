@@ -86,7 +86,7 @@ def test_routing_vectors_are_those_of_the_prompt_alone(visor):
     batch = Batch.of(rows, 0)
     with torch.no_grad():
         features = packed.image_features(batch)
-        vectors = packed.routing_vectors(batch, features, visor.config.configurations, visor.model.router.inputs)
+        vectors = packed.routing_vectors(batch, features, visor.config.configurations, visor.router.inputs)
         for b, row in enumerate(rows):
             for q, segment in enumerate(row.segments):
                 prompt = torch.tensor([[*row.prefix, *segment.ids[: segment.prompt_end + 1]]])

@@ -16,10 +16,10 @@ from visor.embedded.publish import card
 from visor.embedded.recipes import RECIPES as EMBEDDED
 from visor.embedded.recipes import STAGES, recipe_of, scaled
 from visor.training.explore import macro_mean
-from visor.training.fit_router import RouterFit, fit, split
+from visor.training.fit_router import fit, split
 from visor.training.labels import Labels
 from visor.training.models import load_model
-from visor.training.recipe import RECIPES, load
+from visor.training.recipe import RECIPES, RouterFit, load
 from visor.training.recipe import STAGES as TRAINING_STAGES
 from visor.training.run import main
 from visor.training.runner import run_stage
