@@ -301,7 +301,8 @@ def _llava(config: Mapping[str, Any], tower: Mapping[str, Any], text_width: int)
     own, is_clip = _fixed(config, tower, kind), kind == "clip_vision_model"
     strategy = config.get("vision_feature_select_strategy", "full" if family == "llava_onevision" else "default")
     if family == "vipllava":  # several layers, and always without the first token
-        config, strategy = {"vision_feature_layer": (-2, -5, -8, -11, 6), **config}, "default"
+        layers = config.get("vision_feature_layers", (-2, -5, -8, -11, 6))  # what transformers 5.18 to 5.22 called it
+        config, strategy = {"vision_feature_layer": layers, **config}, "default"
     if strategy == "default" and not is_clip:
         raise ValueError(
             f"vision_config of a {family} model: vision_feature_select_strategy 'default' cuts the first patch of a "

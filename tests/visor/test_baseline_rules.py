@@ -600,6 +600,7 @@ def test_the_rope_kernel_at_a_head_width_of_128():
     from tiny_models import make_model
 
     attention = make_model("llava").get_decoder().layers[0].self_attn
+    attention.head_dim = 128  # the tiny model has narrower heads; the kernel asks for nothing else of it
     angles = torch.tensor([0.0, 600, 1000])[:, None] * 10000.0 ** (-torch.arange(0, 128, 2) / 128)
     angles = torch.cat([angles, angles], dim=1)[None]
     ones = rotated_ones(attention, (angles.cos(), angles.sin()))[0]

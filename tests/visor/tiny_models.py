@@ -136,9 +136,11 @@ def _vipllava(num_layers: int) -> tuple[type, Any]:
     tower = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
     )
+    field = "vision_feature_layer"
+    field += "" if hasattr(transformers.VipLlavaConfig, field) else "s"  # until 5.22
     config = transformers.VipLlavaConfig(
         vision_config=tower, text_config=_text_config(transformers.LlamaConfig, 4, num_layers),
-        image_token_id=IMAGE_TOKEN, image_seq_length=16, vision_feature_layer=[-2, 1],
+        image_token_id=IMAGE_TOKEN, image_seq_length=16, **{field: [-2, 1]},
     )  # fmt: skip
     return transformers.VipLlavaForConditionalGeneration, config
 

@@ -8,7 +8,7 @@ engine relies on, and refuses before a forward can fail on them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -52,6 +52,7 @@ __all__ = [
     "causal_mask",
     "decoder_output",
     "deepstack_output",
+    "feature_layers",
     "image_output",
     "indicated_output",
     "initialization",
@@ -229,6 +230,14 @@ def pixtral_rotated(attention: nn.Module, q_SHd: Tensor, k_SHd: Tensor, angles: 
     """Queries and keys of a Pixtral tower block after its RoPE, by the family's own function."""
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     return rotate(q_SHd, k_SHd, *angles)
+
+
+def feature_layers(config: Any) -> int | Sequence[int] | None:
+    """Which hidden states of the tower are a family's features; None where its config does not say.
+
+    ViP-LLaVA, which reads several, called the field `vision_feature_layers` until 5.22.
+    """
+    return getattr(config, "vision_feature_layer", getattr(config, "vision_feature_layers", None))
 
 
 def image_output(features: list[Tensor]) -> BaseModelOutputWithPooling:

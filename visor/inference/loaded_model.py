@@ -25,7 +25,7 @@ from budgets import geometry as geometries
 from budgets.registry import METHODS
 from budgets.schedule import LayerMode, Reduction, Schedule
 from visor.engine import decoder
-from visor.engine.compat import CACHE, cache_of
+from visor.engine.compat import CACHE, cache_of, feature_layers
 from visor.families.base import FamilyAdapter, adapter_for
 from visor.inference import chat, checkpoint, collate, generation
 from visor.inference.loading import load_model
@@ -115,8 +115,8 @@ class LoadedModel:
         """Hash of all that vision features come from: checkpoints that were fine-tuned around one tower share them."""
         modules = [self.adapter.tower, *([self.adapter.projector] if self.adapter.packs_tiles else [])]
         config = self.model.config
-        fields = ("vision_feature_layer", "vision_feature_select_strategy")
-        return checkpoint.modules_sha256(modules, repr([getattr(config, field, None) for field in fields]))
+        strategy = getattr(config, "vision_feature_select_strategy", None)
+        return checkpoint.modules_sha256(modules, repr([feature_layers(config), strategy]))
 
     @property
     def device(self) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from budgets.registry import METHODS
 from budgets.schedule import Reduction
+from visor.engine.compat import feature_layers
 from visor.families.base import FamilyAdapter
 from visor.vision.taps import (
     BLOCK_OF_TAP,
@@ -183,7 +184,7 @@ def run_tower(
     tower, config = adapter.tower, adapter.model.config
     has_cls = tower_has_cls(tower)
     cuts_cls = adapter.cuts_first_token
-    layers = config.vision_feature_layer
+    layers = feature_layers(config)
     tiles_T3HW = resized(tiles_T3HW, config.vision_config.patch_size, image_scale)
     # A plain call where nothing is resized: the features must be the model's own to the bit.
     resizing = {} if image_scale == 1.0 else {"interpolate_pos_encoding": True}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from visor.engine.compat import feature_layers
 from visor.families.base import FamilyAdapter
 from visor.vision.taps import tower_blocks, tower_has_cls
 
@@ -32,7 +33,7 @@ class TowerWalk:
     def __init__(self, adapter: FamilyAdapter) -> None:
         config = adapter.model.config
         self.tower: nn.Module = adapter.tower
-        layer = getattr(config, "vision_feature_layer", None)
+        layer = feature_layers(config)
         known = all(hasattr(tower_blocks(self.tower)[0], part) for part in BLOCK_PARTS)
         if not known or not isinstance(layer, int) or not hasattr(self.tower, "embeddings"):
             raise ValueError(
