@@ -40,16 +40,6 @@ EXCEPTIONS = {
     ("visor.analysis.__main__", "evaluations.analyses"),  # the command hands over to the harness
 }
 
-UNTIL_TRAINING_IS_ONE_LOOP = {
-    ("visor.training.auxiliary.fact_targets", "visor.embedded.packed_text"),
-    ("visor.training.auxiliary.fact_targets", "visor.embedded.symbolic"),
-    ("visor.training.auxiliary.fact_targets", "visor.embedded.vocabulary"),
-    ("visor.training.encoding", "visor.embedded.symbolic"),
-    ("visor.training.encoding", "visor.embedded.vocabulary"),
-    ("visor.embedded.export", "visor.embedded.train"),
-}
-"""To be deleted with the arrows: what a scene's facts are in token ids will be asked of an object that is handed in."""
-
 
 def _modules() -> dict[str, Path]:
     found = {}
@@ -110,7 +100,7 @@ def test_arrows_point_down():
         and FLOORS[b] >= FLOORS[a]
         and not (to in CONTRACTS and (name.startswith("visor") or where == "annotation"))
     }
-    assert upwards - UNTIL_TRAINING_IS_ONE_LOOP == EXCEPTIONS  # an exception that is no longer needed goes, too
+    assert upwards == EXCEPTIONS  # an exception that is no longer needed goes, too
 
 
 def test_the_report_is_the_last_step():
@@ -166,7 +156,7 @@ def circles(arrows: set[tuple[str, str]]) -> set[frozenset[str]]:
 def test_no_circles():
     assert not circles({(name, to) for name, to, where in ARROWS if where == "module"})
     # Nor of imports that are put off, so that no file can only be understood together with one that needs it.
-    arrows = {(name, to) for name, to, _ in ARROWS} - UNTIL_TRAINING_IS_ONE_LOOP
+    arrows = {(name, to) for name, to, _ in ARROWS}
     assert not circles(arrows)
     assert circles({("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")}) == {frozenset("abc")}
 
@@ -178,7 +168,7 @@ def test_rooms_say_what_they_are_for_and_cost_nothing():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     for name in rooms:
         room = importlib.import_module(name)
-        assert len((room.__doc__ or "").splitlines()) >= 4 or name in ("visor.training", "visor.embedded"), name
+        assert len((room.__doc__ or "").splitlines()) >= 4, name
         for handed_on in getattr(room, "__all__", ()):
             assert getattr(room, handed_on) is not None
     with pytest.raises(AttributeError, match="module 'visor.engine' has no attribute 'runing'"):

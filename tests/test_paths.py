@@ -58,7 +58,7 @@ def names_in(path: Path) -> frozenset[str]:
 def exists(dotted: str) -> bool:
     """True for a package, a module, or a module with names that it has behind it."""
     path, parts = ROOT, dotted.split(".")
-    while parts and (path / parts[0]).is_dir():
+    while parts and (path / parts[0] / "__init__.py").is_file():  # a folder of data may stand beside a module
         path /= parts.pop(0)
     if parts and (path / f"{parts[0]}.py").is_file():
         module = path / f"{parts.pop(0)}.py"

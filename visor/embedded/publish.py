@@ -49,6 +49,7 @@ def publish(run: Path, model: Path, out: Path, base: str, history: str = "") -> 
     facts = {
         "parameters": sum(p.numel() for p in loaded.parameters()),
         "base": base,
+        "base_steps": steps_of(stages[0]["base"]),
         "kind": kind,
         "hardware": platform.machine(),
         "history": history,
@@ -62,6 +63,21 @@ def publish(run: Path, model: Path, out: Path, base: str, history: str = "") -> 
     (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     (out / "README.md").write_text(card(out, None))
     return out
+
+
+def steps_of(base: str | Path) -> int | None:
+    """Steps that a model had seen, its own base's included; None where it does not say."""
+    from visor.inference import checkpoint
+    from visor.inference.training_facts import read_training
+
+    try:
+        folder = Path(checkpoint.resolve(base))
+    except ValueError:
+        return None
+    found = read_training(folder, None)
+    if not found or not found["stages"]:
+        return None
+    return (found["base_steps"] or 0) + sum(one["steps"] for one in found["stages"])
 
 
 def stage_facts(run: Path, stages: Sequence[str]) -> list[dict[str, Any]]:

@@ -254,5 +254,5 @@ def _route(run: StageRun) -> dict[str, Any]:
     visor.add_router(shape.hidden_size, shape.inputs)
     if not run.processes.is_main:
         return {}
-    document = fit(visor.model.router, known, replace(run.recipe.router_fit, seed=run.recipe.seed), run.out)
+    document = fit(visor.router, known, replace(run.recipe.router_fit, seed=run.recipe.seed), run.out)
     return {name: document[name] for name in ("num_questions", "label_accuracy", "router", "fixed", "oracle")}

@@ -289,7 +289,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers():
     [
         (["--recipe", "univrsal", "--model", "x"], "those that ship: universal"),
         (
-            ["--recipe", str(EMBEDDED / "universal.yaml"), "--model", "dense-tiny"],
+            ["--recipe", "universal", "--model", "dense-tiny", "--set", WORLDS],
             "needs a VISOR model; run the stage 'blocks'",
         ),
         (["--recipe", str(EMBEDDED / "blocks.yaml"), "--model", "no-such-model"], "unknown model 'no-such-model'"),
