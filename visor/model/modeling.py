@@ -62,7 +62,8 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     `forward` and `generate` take, beside what the base takes, one of
 
-        configuration: index in `config.configurations`, or one a sample; "dense" runs every layer on every token.
+        configuration: index in `config.configurations`, or one a sample; "dense" runs every layer on every token, which
+            is the base to the bit, and refused where `config.trained_from` says that it no longer is.
         budget: decoder prefill FLOPs relative to dense: the costliest configuration within it, per sample.
         policy: "router"; with `cost_weight=lambda` the cost-aware one.
 
