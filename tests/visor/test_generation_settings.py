@@ -90,9 +90,7 @@ def test_a_system_turn_stands_in_the_prompt_or_is_refused(tmp_path):
     loaded = LoadedModel.load(tmp_path, system="be short")
     ids = loaded.prepare(make_image(0), "hi").input_ids
     assert processor.tokenizer.decode(ids).startswith("be short<image>")
-    processor.chat_template = (
-        "{% for m in messages if m.role == 'user' %}{{ m.content[-1].text }}{% endfor %}"
-    )
+    processor.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content[-1].text }}{% endfor %}"
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="leaves the system text 'be short' out"):
         LoadedModel.load(tmp_path, system="be short")
