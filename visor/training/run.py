@@ -83,6 +83,13 @@ def as_visor(model: nn.Module, recipe: Recipe) -> nn.Module:
     return model
 
 
+def note_base(model: nn.Module, recipe: Recipe) -> None:
+    """Write into the config of a VISOR model that the base's own weights are trained on, and whose they were."""
+    config = model.config
+    if config.model_type == "visor" and config.trained_from is None and set(recipe.train) - {"cross"}:
+        config.trained_from = Path(config.base_config._name_or_path).name or "an unnamed base"
+
+
 def start_blocks(model: nn.Module, how: str) -> None:
     """Give the new cross-attention blocks weights to start from; see `Conversion.blocks`."""
     import torch
@@ -177,6 +184,8 @@ def run_stage(
     if processes.is_main:
         loaded = packed.model
         if recipe.stage != "labels":
+            if recipe.stage in TRAINED:
+                note_base(loaded, recipe)
             loaded.set_attn_implementation("sdpa")
             save_model(loaded.to("cpu", torch.float32), processor, out / "model")
         else:
