@@ -208,6 +208,8 @@ class Engine:
             )
             self.totals.decode_s += self._now() - self._mark
             for i, sample, schedule, answer in zip(members, own[0], own[2], generated, strict=True):
+                if answer.error is not None:  # lmms-eval knows no failed samples: an empty text would be scored
+                    raise ValueError(f"request {i + 1} of its batch has no answer: {answer.error}")
                 answers[i] = Answer(
                     answer.text, sample.num_text + sample.num_visual, len(answer.token_ids), answer.confidence
                 )

@@ -9,7 +9,7 @@ import torch
 from schedules import schedules
 from tiny_checkpoint import make_image, make_llava, make_processor
 from tiny_models import ALL_FAMILIES, generate, make_model, make_prompt, visual_counts
-from visor_models import VISOR_FAMILIES, make_visor
+from visor_models import CROSS_LAYERS, SLOTS, VISOR_FAMILIES, make_visor
 
 from visor.convert import main
 from visor.engine.decoder import install, running
@@ -131,3 +131,37 @@ def test_command_says_what_is_wrong(tmp_path, capsys):
 def test_help_needs_no_torch():
     code = "import sys, visor.convert as c; c.make_parser().format_help(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@torch.no_grad()
+def test_dense_is_refused_where_training_has_changed_the_base():
+    model = make_visor("llava")
+    prompt = make_prompt(model.base, 2)
+    model(**prompt, configuration="dense")
+    model.config.trained_from = "dense-tiny"
+    for wanted in ("dense", [0, "dense"]):
+        with pytest.raises(ValueError, match="trained on from 'dense-tiny'.*Load 'dense-tiny' for the dense model"):
+            model(**prompt, configuration=wanted)
+        with pytest.raises(ValueError, match="Load 'dense-tiny'"):
+            model.generate(**prompt, configuration=wanted, max_new_tokens=1)
+    model(**prompt, configuration=0)
+
+
+@torch.no_grad()
+def test_dense_takes_a_static_cache():
+    model = make_visor("llava")
+    prompt = make_prompt(model.base, 2)
+    expected = generate(model.base, prompt, cache_implementation="static").sequences
+    found = generate(model, prompt, configuration="dense", cache_implementation="static").sequences
+    assert torch.equal(found, expected)
+
+
+def test_blocks_and_router_of_a_quantised_base_are_floats():
+    base = make_model("llava").to(torch.bfloat16)
+    linears = [m for layer in base.get_decoder().layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    for module in (*linears, base.lm_head):
+        quantised = torch.zeros(module.weight.shape, dtype=torch.int8)
+        module.weight = torch.nn.Parameter(quantised, requires_grad=False)
+    model = convert(base, CROSS_LAYERS, SLOTS, configurations=[[], [1]], router={"hidden_size": 8})
+    new = [*model.get_decoder().cross_blocks.parameters(), *model.router.parameters()]
+    assert {weight.dtype for weight in new} == {torch.bfloat16}

@@ -49,7 +49,7 @@ def test_a_checkpoints_own_settings_change_no_answer_unless_asked_for(loaded, na
     model = copy.deepcopy(loaded.model)
     model.generation_config.update(**CHANGES[name])
     other = LoadedModel(model, loaded.processor)
-    assert set(CHANGES[name]) <= set(other.own_generation) and "eos_token_id" not in other.own_generation
+    assert other.own_generation == CHANGES[name] and loaded.own_generation == {}
     before = model.generation_config.to_dict()
     assert ask(other) == expected
     assert model.generation_config.to_dict() == before, "nothing stays on the model"
@@ -72,6 +72,7 @@ def test_beams_say_what_was_kept_and_how_sure_the_first_token_is(loaded):
     [
         ({"no_repeat_ngram": 1}, "unknown generation setting 'no_repeat_ngram'.*no_repeat_ngram_size"),
         ({"max_new_tokens": 5}, "a task says how long"),
+        ({"eos_token_id": 5}, "token ids are the checkpoint's"),
         ({"do_sample": True}, "answers are deterministic"),
         ({"prefill_chunk_size": 8}, "a prompt in one piece"),
         ({"num_beams": "many"}, "num_beams must be a positive integer, got 'many'"),
@@ -90,9 +91,7 @@ def test_a_system_turn_stands_in_the_prompt_or_is_refused(tmp_path):
     loaded = LoadedModel.load(tmp_path, system="be short")
     ids = loaded.prepare(make_image(0), "hi").input_ids
     assert processor.tokenizer.decode(ids).startswith("be short<image>")
-    processor.chat_template = (
-        "{% for m in messages if m.role == 'user' %}{{ m.content[-1].text }}{% endfor %}"
-    )
+    processor.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content[-1].text }}{% endfor %}"
     processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="leaves the system text 'be short' out"):
         LoadedModel.load(tmp_path, system="be short")

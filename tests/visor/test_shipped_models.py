@@ -90,3 +90,17 @@ def test_visor_tiny_reads_small_text_off_half_the_tokens():
     )
     assert half > 0.8 and half > full - 0.15, (full, half)
     assert half > share_right("dense-tiny", METHODS.get("pooling_by")(factor=2), "glyphs") + 0.4
+
+
+def test_the_dense_model_of_visor_tiny_is_its_base():
+    """All layers on all tokens is nothing that its weights were trained for: it answered "column" where 69 is right."""
+    loaded = LoadedModel.load("visor-tiny")
+    assert loaded.model.config.trained_from == "dense-tiny"
+    prepared = [loaded.prepare(scene("forms", "test", 0).image, "read the field ZIP.")]
+    num_layers, num_visual = loaded.geometry.num_layers, prepared[0].num_visual
+    for schedule in (dense(num_layers, num_visual), METHODS.get("fastv")().schedule(loaded.geometry, num_visual)):
+        with pytest.raises(ValueError, match="never ran on visual tokens in training.*its base .dense-tiny."):
+            loaded.generate(prepared, loaded.encode(prepared), [schedule], 4)
+    with pytest.raises(ValueError, match="Load 'dense-tiny'"):
+        ids = torch.tensor([prepared[0].input_ids])
+        loaded.model.generate(input_ids=ids, **prepared[0].pixel_inputs, configuration="dense", max_new_tokens=2)

@@ -24,8 +24,9 @@ class ElasticLayer(DynamicLayer):
     Attributes:
         valid_BK: which cached keys are real; None if all are.
         group: layers of one group hold the same tokens, so they share masks. A constant while decoding.
-        shift_B1: how far position ids of later tokens fall in this layer (contiguous positions); None if not at all.
-        shift_group: layers of one group fall equally far.
+        shift_B1: how much lower position ids of later tokens are in this layer (contiguous positions); None if they
+            are as the model counts them.
+        shift_group: layers of one group have one shift.
         cross: keys [B, H, V, d], values [B, H, V, d], valid [B, V] or None, active [B] or None of the cross block.
     """
 
@@ -64,6 +65,7 @@ class ElasticLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
+        # The cross keys stay: `ElasticCache.crop` never reaches the visual tokens.
         if tokens_to_remove and self.valid_BK is not None:
             self.valid_BK = self.valid_BK[:, : -abs(tokens_to_remove)]
 
@@ -73,12 +75,13 @@ class ElasticLayer(DynamicLayer):
         Args:
             order: place of each row among the rows of all parts, one part after the other.
         """
+        # Left padding, as in a prompt: the newest tokens of all rows stand in one column; decoding appends the next.
         rows = lambda values: torch.cat(values).index_select(0, order)
         longest = max(part.get_seq_length() for part in parts)
         self.update(*(rows([_pad(getattr(p, name), longest) for p in parts]) for name in ("keys", "values")))
         if any(p.valid_BK is not None or p.get_seq_length() < longest for p in parts):
             self.valid_BK = rows([_pad_mask(p.valid_BK, p.keys, longest) for p in parts])
-        self.group = tuple(part.group for part in parts)
+        self.group = tuple(part.group for part in parts)  # rows hold the same tokens where all their parts did
         assert all(part.shift_B1 is None for part in parts), "a batch whose rows part does not reduce"
         if any(part.cross is not None for part in parts):
             self._join_cross(parts, rows)
@@ -136,7 +139,7 @@ class ElasticCache(DynamicCache):
         """
         self.num_skipped, self.num_fixed = prompt_length - super().get_seq_length(0), num_fixed
 
-    def count_as(self, num_more: int, fall_B1: Tensor) -> None:
+    def count_as(self, num_more: int, shift_B1: Tensor) -> None:
         """Count a prompt as longer than it ran: tokens were left out before the decoder that the caller still has.
 
         From here on later tokens come with position ids that count those tokens too; they fall by as many, so that
@@ -144,13 +147,13 @@ class ElasticCache(DynamicCache):
 
         Args:
             num_more: columns that the given prompt has more.
-            fall_B1: real tokens of each sample that were left out; beams of a sample stand next to each other.
+            shift_B1: real tokens of each sample that were left out; beams of a sample stand next to each other.
         """
         self.num_skipped += num_more
         self.num_fixed += num_more
         for layer in self.layers:
-            fall = fall_B1.to(layer.keys.device).repeat_interleave(layer.keys.shape[0] // len(fall_B1), 0)
-            layer.shift_B1 = fall if layer.shift_B1 is None else layer.shift_B1 + fall
+            shift = shift_B1.to(layer.keys.device).repeat_interleave(layer.keys.shape[0] // len(shift_B1), 0)
+            layer.shift_B1 = shift if layer.shift_B1 is None else layer.shift_B1 + shift
 
     def join(self, start: int, parts: Sequence[tuple[Sequence[int], ElasticCache]]) -> None:
         """Fill the layers from `start` on with what groups of rows have cached, each in a cache of its own.
@@ -164,14 +167,14 @@ class ElasticCache(DynamicCache):
             self.layers[i].join(layers, order.to(layers[0].keys.device))
 
     @classmethod
-    def can_be(cls, cache: Cache | None) -> bool:
-        """True if `adopt` takes this cache."""
+    def can_convert(cls, cache: Cache | None) -> bool:
+        """True if `converted` takes this cache."""
         if cache is None or isinstance(cache, cls):
             return True
         return type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0
 
     @classmethod
-    def adopt(cls, cache: Cache | None, num_layers: int) -> ElasticCache | None:
+    def converted(cls, cache: Cache | None, num_layers: int) -> ElasticCache | None:
         """Turn the empty DynamicCache that generate() made into an ElasticCache, in place: callers hold it already.
 
         Raises:
@@ -190,12 +193,15 @@ class ElasticCache(DynamicCache):
                 f"the cache already holds {cache.get_seq_length()} tokens, cached outside `running(...)`; start the "
                 "conversation inside it, or continue without a schedule"
             )
+        # generate() keeps a reference to the cache that it made and hands the same object to every step.
         cache.__class__ = cls
         cache._start(num_layers)
         return cache
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Tokens the model has seen, padding included; with `layer_idx`, tokens that this layer holds."""
+        # Without a layer it is transformers that asks, to slice input ids and to number positions: it must hear of the
+        # sequence as the caller has it. With one, the mask functions ask what this layer really holds.
         if layer_idx is None:
             return super().get_seq_length(0) + self.num_skipped
         return super().get_seq_length(layer_idx)

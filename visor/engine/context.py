@@ -157,12 +157,13 @@ class LayerContext:
         queries = self.last_B1 if queries is None else queries
         rows_BQD = block.input_layernorm(take(hidden_BND, queries))
         q_BHQd = rotated_heads(attention, "q", rows_BQD, (take(cos, queries), take(sin, queries)))
-        if keys is None:
+        if keys is None:  # the layer about to run has cached nothing yet
             keys = self._keys(index, hidden_BND)
         (batch, heads, rows, width), num_kv_heads = q_BHQd.shape, keys.shape[1]
         q_BGXd = q_BHQd.reshape(batch, num_kv_heads, -1, width)  # the query heads of a group share its keys
         logits_BHQN = (q_BGXd @ keys.transpose(-1, -2)).view(batch, heads, rows, -1).float() * attention.scaling
         order_N = torch.arange(logits_BHQN.shape[-1], device=logits_BHQN.device)
+        # Causal: a query sees live tokens up to itself. Their order is that of the prompt, whatever was dropped.
         seen_B1QN = (self.valid_BN[:, None] & (order_N <= queries[..., None]))[:, None]
         return logits_BHQN.masked_fill(~seen_B1QN, -torch.inf).softmax(-1)
 

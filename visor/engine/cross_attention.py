@@ -69,6 +69,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
         norm, kind = self.visual_norm, torch.promote_types(visual_BVD.dtype, torch.float32)
         if _product_dtype(visual_BVD) == torch.float16:  # tokens that are not normed may exceed its range
             return F.linear(norm(visual_BVD), weight_KD)
+        # norm(v) = scale(v) * weight * v, and a product is linear: W norm(v) = scale(v) * ((W * weight) v).
         length_BV1 = torch.linalg.vector_norm(visual_BVD, dim=-1, keepdim=True, dtype=kind)
         scale_BV1 = (length_BV1.square() / visual_BVD.shape[-1] + norm.eps).rsqrt()
         product_BVK = F.linear(visual_BVD, weight_KD * norm.weight)
@@ -96,6 +97,7 @@ class CrossAttentionBlock(GradientCheckpointingLayer):
     def attend(self, text_BTD: Tensor, keys: Tensor, values: Tensor, valid_BV: Tensor | None) -> Tensor:
         """What the text reads: [B, T, D]."""
         queries = self.q_proj(self.text_norm(text_BTD)).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        # No RoPE: the convolution has told the visual tokens where they stand, and the text reads all of them.
         read = cross_attention(queries, keys, values, valid_BV, getattr(self.config, "_attn_implementation", None))
         return self.o_proj(read.transpose(1, 2).flatten(2))
 

@@ -14,7 +14,6 @@ Shapes: B batch, N live tokens, P prompt length, D hidden width.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -39,8 +38,9 @@ from visor.engine.compat import (
 from visor.engine.context import LayerContext
 from visor.engine.cross_attention import CrossAttentionBlock, weight_placement
 from visor.engine.deepstack import DeepStack
-from visor.engine.execution import Choose, HeldChoices, KeepMasks, KeepRecord, Run, parting_layer
-from visor.engine.positions import fallen, rotary, split_position_ids
+from visor.engine.execution import Choose, HeldChoices, KeepMasks, KeepRecord, Run, first_differing_layer
+from visor.engine.hooks import check_ran, note_prompt, rebind_hooked_forward
+from visor.engine.positions import lowered, rotary, split_position_ids
 from visor.engine.selfcheck import check_model
 from visor.engine.stopwatch import scoring
 from visor.engine.streams import PromptLayout, PromptStreams, TokenStream
@@ -62,6 +62,7 @@ class ElasticDecoder:
     _held: HeldChoices | None = None
     _has_run = True
 
+    # A decoder is copied and pickled in the middle of a run too; the copy starts outside of it.
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made at run time: pickle and deepcopy rebuild it from the family's own.
         state = {name: value for name, value in self.__dict__.items() if name not in self._TRANSIENT}
@@ -85,10 +86,14 @@ class ElasticDecoder:
             super()._init_weights(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        # The fourth argument of every family's forward is the cache.
         cache = args[3] if len(args) > 3 else cache_argument(kwargs)
+        # An elastic cache goes on after `running` has ended: its layers hold different tokens, which only the engine
+        # can continue.
         if self._run is None and not isinstance(cache, ElasticCache):
             return super().forward(*args, **kwargs)
-        if self._run is not None and (self._run.unmodified or self._run.is_plain and not ElasticCache.can_be(cache)):
+        run = self._run  # a plain run needs nothing of the engine, so it may have a cache that the engine cannot use
+        if run is not None and (run.unmodified or (run.is_plain and not ElasticCache.can_convert(cache))):
             return super().forward(*args, **kwargs)
         self._has_run = True
         return self._elastic_forward(*args, **kwargs)
@@ -116,13 +121,13 @@ class ElasticDecoder:
         hidden_BND = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = ElasticCache(len(self.layers))
-        cache = ElasticCache.adopt(cache, len(self.layers))
+        cache = ElasticCache.converted(cache, len(self.layers))
         num_seen = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(hidden_BND.shape[1], device=hidden_BND.device) + num_seen)[None]
         positions, running_ids = split_position_ids(position_ids, self.rotary_emb)
         deepstack = DeepStack.of(deepstack_visual_embeds, visual_pos_masks)
-        layout, self._layout = self._layout, None
+        layout, self._layout = self._layout, None  # of this prompt only: a bare call of the decoder notes none
         call = functools.partial(self._run_layer, use_cache=use_cache, **kwargs)
         if num_seen:
             last_hidden_state = self._continue(hidden_BND, attention_mask, positions, cache, call, deepstack)
@@ -181,7 +186,8 @@ class ElasticDecoder:
             self._held = None
         prompt_length, start = layout.visual_BP.shape[1], 0
         if run.choose is not None:
-            start = parting_layer(run.schedules)
+            # Until the alternatives differ, all rows run one schedule; there the router chooses.
+            start = first_differing_layer(run.schedules)
             self._run_layers(range(start), run, rows, streams, cache, call)
             rows = [run.schedules[index] for index in run.choose(streams)]
         if run.stop:
@@ -208,10 +214,12 @@ class ElasticDecoder:
         As long as the rows' schedules agree, the batch runs as one. Where they part, rows of one mode go on together,
         each group with a cache of its own, and all come together again at the end: what is shared runs once.
         """
-        end = parting_layer(rows, start)
+        end = first_differing_layer(rows, start)
         self._run_layers(range(start, end), run, rows, streams, cache, call)
         if end == len(self.layers):
             return streams.prompt_hidden(self.norm, prompt_length)
+        # Rows split by the mode of one layer, not by their whole schedules: each group splits again where it differs,
+        # so that no two rows part earlier than they must.
         groups: dict[LayerMode, list[int]] = {}
         for row, schedule in enumerate(rows):
             groups.setdefault(schedule.layers[end].mode, []).append(row)
@@ -223,6 +231,7 @@ class ElasticDecoder:
             caches.append((members, own))
         if cache is not None:
             cache.join(end, caches)
+        # The groups' rows stand one group after the other; argsort of their numbers puts them back.
         order = torch.tensor([row for members in groups.values() for row in members]).argsort()
         return torch.cat(hidden).index_select(0, order.to(hidden[0].device))
 
@@ -240,15 +249,19 @@ class ElasticDecoder:
         for i in layers:
             op = ops[i]
             if op.reduce is not None:
+                # Rules score by the attention of the layer before: its keys are in the cache, after RoPE. Without one
+                # (training, checkpointing) they are computed again from its input.
                 keys = None
                 if cache is not None and h_in is not None and cache.layers[i - 1].is_initialized:
                     keys = cache.layers[i - 1].keys
+                # A sample with fewer tokens than its schedule keeps (none, without an image) keeps them all.
                 counts = [min(row.layers[i].reduce.keep, n) for row, n in zip(rows, streams.num_visual, strict=True)]
                 context = LayerContext(i, self, streams, tuple(counts), before, h_in, keys)
                 self._reduce(run, context)
             if op.mode is LayerMode.SELF:
                 stream = streams.full_stream()
             else:
+                # The visual tokens stand still: no layer writes them, and CROSS layers only read them.
                 stream = streams.text_stream()
                 if op.mode is LayerMode.CROSS and any(streams.num_visual):
                     self._read_visual_tokens(i, stream, streams, cache)
@@ -257,6 +270,8 @@ class ElasticDecoder:
             before, h_in = op.mode, stream.hidden_BND if looks_back else None
             if cache is not None:
                 held = cache.layers[i]
+                # What later tokens must know of this layer: which tokens it holds (layers of a group share one mask),
+                # and how much lower than the model counts its position ids are after renumbering.
                 held.group, held.shift_B1, held.shift_group = stream.group, streams.shift_B1, streams.full.group
             call(i, stream, cache)
             streams.add_levels(i)
@@ -267,6 +282,7 @@ class ElasticDecoder:
         if context.keep != streams.num_visual:
             forced_BP = run.forced_keep(layer, self._record.layout, context.keep)
             if forced_BP is not None:
+                # Masks are over the prompt; the live tokens know from which of its columns they come.
                 forced_BP = forced_BP.to(streams.visual_BN.device)
                 kept_BN = forced_BP if streams.origin_BN is None else forced_BP.gather(1, streams.origin_BN)
                 kept_BN = kept_BN & streams.visual_BN
@@ -308,16 +324,20 @@ class ElasticDecoder:
         deepstack: DeepStack | None,
     ) -> Tensor:
         """Run tokens that follow a cached prompt: text, through every layer, against what that layer holds."""
+        # The caller's mask spans all that the model has seen. The cached part of it is of no use: layers hold other
+        # tokens than that, and each keeps its own mask. Only the columns of the new tokens count.
         valid_BN = None if attention_mask is None else attention_mask[:, -hidden_BND.shape[1] :].bool()
         stream = TokenStream(hidden_BND, rotary(self.rotary_emb, hidden_BND, positions), valid_BN)
         rotary_by_shift = {}
         for i, held in enumerate(cache.layers):
             if held.shift_B1 is not None:
+                # This layer's tokens were renumbered: generate() counts all tokens, so its position ids are too high.
+                # Once lowered, `stream.rotary` stays so: no layer behind a renumbering is without one.
                 if held.shift_group not in rotary_by_shift:
-                    moved = fallen(positions, held.shift_B1)
+                    moved = lowered(positions, held.shift_B1)
                     rotary_by_shift[held.shift_group] = rotary(self.rotary_emb, hidden_BND, moved)
                 stream.rotary = rotary_by_shift[held.shift_group]
-            if held.cross is not None:
+            if held.cross is not None:  # the keys and values of the visual tokens are constant while decoding
                 keys, values, valid_BV, active_B = held.cross
                 block = self.cross_blocks[str(i)]
                 stream.hidden_BND, _ = block(stream.hidden_BND, None, valid_BV, active_B, (keys, values))
@@ -329,9 +349,12 @@ class ElasticDecoder:
     def _run_layer(self, i: int, stream: TokenStream, cache: ElasticCache | None, **kwargs: Any) -> None:
         """Run Hugging Face's layer i on a stream, under a mask that fits what this layer's cache holds."""
         held = cache.layers[i] if cache is not None else None
+        # While decoding, one stream runs through layers that hold different tokens: the mask follows the layer's group.
         group = held.group if held is not None else stream.group
         if group not in stream.masks:
             valid_BK = stream.valid_BN
+            # Cached keys come first. If neither they nor the new ones hold padding, no mask is made at all, and the
+            # kernel may take its fast causal path.
             if held is not None and held.is_initialized and (held.valid_BK is not None or valid_BK is not None):
                 batch, num_new = stream.hidden_BND.shape[:2]
                 ones = functools.partial(torch.ones, dtype=torch.bool, device=stream.hidden_BND.device)
@@ -341,7 +364,7 @@ class ElasticDecoder:
             stream.masks[group] = valid_BK, mask
         valid_BK, mask = stream.masks[group]
         if held is not None:
-            held.valid_BK = valid_BK
+            held.valid_BK = valid_BK  # of the keys that the layer will hold after this call
         stream.hidden_BND = self.layers[i](
             stream.hidden_BND,
             attention_mask=mask,
@@ -355,6 +378,8 @@ class ElasticDecoder:
 @functools.cache
 def _elastic_class(base: type) -> type:
     """The elastic subclass of a family's decoder class."""
+    # Ours first, so that `super().forward` is the family's own. A swapped class, and no wrapper around the decoder:
+    # parameter names, tied weights, LoRA targets and checkpoints stay what they are.
     cls = type(f"Elastic{base.__name__}", (ElasticDecoder, base), {"__module__": __name__})
     register_recordable(cls)
     return cls
@@ -364,71 +389,6 @@ def _blank_decoder(base: type) -> nn.Module:
     """An elastic decoder without state, for unpickling."""
     cls = _elastic_class(base)
     return cls.__new__(cls)
-
-
-def _note_prompt(inner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Before the forward: learn on the host which tokens of a prompt are visual, which the decoder is never told.
-
-    Finds everything from the module it is called with, so that copies of a model have their own.
-    """
-    decoder = inner.get_decoder()
-    decoder._layout, decoder._has_run = None, True
-    if decoder._run is None or decoder._run.unmodified:
-        return
-    decoder._has_run = decoder._run.is_plain  # a plain schedule may be left to the family's own forward
-    adapter, cache = adapter_for(inner), cache_argument(kwargs)
-    fed = adapter.images_are_fed(kwargs)
-    if cache is not None and cache.get_seq_length() > 0:
-        if fed and not decoder._run.is_dense:
-            raise ValueError(
-                "images behind a cached prompt are not supported under a schedule: for new images in a later turn "
-                "start a new conversation; for a prompt cut into chunks leave prefill_chunk_size unset"
-            )
-        return
-    input_ids = kwargs.get("input_ids", args[0] if args else None)
-    if input_ids is None:
-        if fed and not decoder._run.is_dense:  # otherwise transformers would first look for them by itself
-            decoder._run.layout(None, kwargs["inputs_embeds"].shape[:2], kwargs.get("attention_mask"))
-        return
-    input_ids = input_ids.to("cpu")
-    visual = torch.isin(input_ids, torch.tensor(adapter.image_token_ids)) if fed else torch.zeros_like(input_ids)
-    if fed and not visual.any() and decoder._run.visual_BP is None and not decoder._run.is_dense:
-        raise ValueError(
-            f"the prompt comes with pixels, but input_ids hold none of the image tokens {adapter.image_token_ids}: the "
-            "schedule would find no visual token. Pass the ids that the processor made, or running(..., visual=mask)"
-        )
-    mask = kwargs.get("attention_mask")
-    decoder._layout = PromptLayout.of(visual, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
-
-
-def _check_ran(inner: nn.Module, args: tuple, output: Any) -> None:
-    """After the forward: a schedule that has not run is an error, not a dense answer."""
-    decoder = inner.get_decoder()
-    if not decoder._has_run:
-        decoder._has_run = True
-        raise ValueError(
-            f"the schedule did not run: the forward of {type(decoder).__name__} was replaced by one that calls the "
-            "family's own. Call visor.engine.install(model) again after whatever replaced it"
-        )
-
-
-def _rebind_hooked_forward(decoder: nn.Module, own_forward: Any) -> None:
-    """Let accelerate's hooks, where they were put on before `install`, call the elastic forward.
-
-    accelerate keeps the forward that it found as an attribute of the module, bound to the family's own class.
-
-    Raises:
-        ValueError: the forward was replaced by something that keeps no such attribute.
-    """
-    if "forward" not in decoder.__dict__:
-        return
-    hooked = decoder.__dict__.get("_old_forward")
-    if not hasattr(decoder, "_hf_hook") or getattr(hooked, "__func__", None) is not own_forward:
-        raise ValueError(
-            f"the forward of this {type(decoder).__name__} has been replaced on the module itself, and a schedule "
-            "would not run; install first, and wrap the model after that"
-        )
-    decoder._old_forward = types.MethodType(type(decoder).forward, decoder)
 
 
 def install(
@@ -460,12 +420,12 @@ def install(
         own_forward = type(decoder).forward
         decoder.__class__ = _elastic_class(type(decoder))
         try:
-            _rebind_hooked_forward(decoder, own_forward)
+            rebind_hooked_forward(decoder, own_forward)
         except ValueError:
             decoder.__class__ = type(decoder).__mro__[2]
             raise
-        adapter.inner.register_forward_pre_hook(_note_prompt, with_kwargs=True)
-        adapter.inner.register_forward_hook(_check_ran)
+        adapter.inner.register_forward_pre_hook(note_prompt, with_kwargs=True)
+        adapter.inner.register_forward_hook(check_ran)
     if visual_source is not None:
         decoder.visual_source = visual_source
     if cross_layers and not hasattr(decoder, "cross_blocks"):
@@ -475,7 +435,7 @@ def install(
             continue
         device, dtype = weight_placement(decoder.layers[i])
         block = CrossAttentionBlock(decoder.config, cross_kernel).to(device, dtype).train(decoder.training)
-        if decoder.gradient_checkpointing:
+        if decoder.gradient_checkpointing:  # switched on before the block was there
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = decoder.layers[i]._gradient_checkpointing_func
         decoder.cross_blocks[str(i)] = block

@@ -39,6 +39,7 @@ class DeepStack:
         """From what the family's own forward hands to its decoder; None if there is nothing to add."""
         if not levels or visual_BN is None:
             return None
+        # The family gives the levels of all visual tokens in one row, in reading order over the batch.
         order_BN = visual_BN.flatten().long().cumsum(0).view_as(visual_BN) - 1
         return cls(tuple(levels), order_BN.masked_fill(~visual_BN, -1))
 
@@ -55,5 +56,6 @@ class DeepStack:
         if layer >= len(self.levels):
             return hidden_BND
         row_BN = self.row_BN.to(hidden_BND.device)
+        # Text points at row 0 and its share is then zeroed: no size here depends on data.
         level_BND = self.levels[layer].to(hidden_BND.device, hidden_BND.dtype)[row_BN.clamp(min=0)]
         return hidden_BND + torch.where(row_BN[..., None] >= 0, level_BND, 0.0)

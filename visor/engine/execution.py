@@ -23,7 +23,7 @@ KeepMasks = Mapping[int, Sequence[Tensor]]
 Choose = Callable[[PromptStreams], Sequence[int]]
 
 
-def parting_layer(schedules: Sequence[Schedule], start: int = 0) -> int:
+def first_differing_layer(schedules: Sequence[Schedule], start: int = 0) -> int:
     """The first layer from `start` on whose mode is not the same in all schedules; the number of layers if none."""
     first = schedules[0]
     for layer in range(start, first.num_layers):

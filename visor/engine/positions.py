@@ -46,9 +46,9 @@ def rotary(rotary_emb: nn.Module, hidden_BND: Tensor, positions: Tensor) -> tupl
     return rotary_emb(hidden_BND, positions)
 
 
-def fallen(positions: Tensor, fall_B1: Tensor) -> Tensor:
-    """Positions of later tokens, all axes down by how far their row has fallen."""
-    return positions - (fall_B1 if positions.ndim == 2 else fall_B1[..., None])
+def lowered(positions: Tensor, shift_B1: Tensor) -> Tensor:
+    """Position ids of later tokens as a renumbered layer counts them: `shift_B1` lower, on all axes."""
+    return positions - (shift_B1 if positions.ndim == 2 else shift_B1[..., None])
 
 
 def close_gaps(
@@ -64,6 +64,8 @@ def close_gaps(
         stay_BN: those of them that stay.
         former: the positions of the tokens so far, where a merge has just moved some.
     """
+    # All rows at once and without a size that depends on data: tokens outside a mask get a value above all others, so
+    # that sorting puts them last, where no search finds them.
     positions = positions.expand(live_BN.shape[0], *positions.shape[1:])
     never = torch.iinfo(positions.dtype).max
 
@@ -74,9 +76,10 @@ def close_gaps(
     before_BM = values_of(positions if former is None else former, live_BN)
     after_BM = values_of(positions, stay_BN)
     candidate_BM = torch.searchsorted(after_BM, before_BM).clamp(max=after_BM.shape[1] - 1)
+    # A value is freed once, at its first appearance: two tokens may share it (the height of a row of patches).
     first_BM = F.pad(before_BM[:, 1:] != before_BM[:, :-1], (1, 0), value=True)
     freed_BM = first_BM & (before_BM != never) & (after_BM.gather(1, candidate_BM) != before_BM)
     num_freed_BM = F.pad(freed_BM.long().cumsum(1), (1, 0))  # how many freed values stand before each place
     flat_BM = positions.flatten(1).contiguous()
-    fall_BM = num_freed_BM.gather(1, torch.searchsorted(before_BM, flat_BM))
-    return (flat_BM - fall_BM).view_as(positions), num_freed_BM[:, -1:]
+    shift_BM = num_freed_BM.gather(1, torch.searchsorted(before_BM, flat_BM))
+    return (flat_BM - shift_BM).view_as(positions), num_freed_BM[:, -1:]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from visor.engine.cache import ElasticCache, ElasticLayer
 from visor.engine.compat import CACHE
-from visor.engine.positions import fallen, rotary, split_position_ids
+from visor.engine.positions import lowered, rotary, split_position_ids
 
 NUM_WARM_UP = 3  # steps before a capture, as torch asks for
 
@@ -27,6 +27,7 @@ class FixedLayer:
 
     def __init__(self, held: ElasticLayer, room: int) -> None:
         batch, _, num_held, _ = held.keys.shape
+        # The buffers have room for all tokens to come; the mask says how much of them is written.
         widen = lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], room, x.shape[3])], 2)
         self.keys, self.values = widen(held.keys), widen(held.values)
         device = held.keys.device
@@ -89,11 +90,13 @@ class FixedDecode:
         decoder, cache = self.decoder, self.cache
         hidden_BND = decoder.embed_tokens(self.ids_B1)
         plain = rotary(decoder.rotary_emb, hidden_BND, self.positions)
+        # Slots, masks and positions are tensors that the step moves on in place: a replayed graph repeats operations on
+        # the same memory, and a number of Python's would stay what it was when captured.
         for i, held in enumerate(cache.layers):
             held.mask_B11R.index_fill_(3, held.slot_1, True)
             embeddings = plain
             if held.shift_B1 is not None:
-                embeddings = rotary(decoder.rotary_emb, hidden_BND, fallen(self.positions, held.shift_B1))
+                embeddings = rotary(decoder.rotary_emb, hidden_BND, lowered(self.positions, held.shift_B1))
             if held.cross is not None:
                 keys, values, valid_BV, active_B = held.cross
                 block = decoder.cross_blocks[str(i)]

@@ -64,7 +64,7 @@ def scoring(place: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _watched(clock: ScoringClock, place: str) -> Iterator[None]:
-    clock.synchronise()
+    clock.synchronise()  # what was launched before must not count here
     wall, cpu = time.perf_counter(), time.process_time()
     yield
     clock.synchronise()

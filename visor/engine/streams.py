@@ -132,7 +132,7 @@ class PromptStreams:
         origin_BN: index of each live token in the prompt; None before the first reduction.
         last_B1: index of the last real token among the live ones.
         num_text, num_visual: live tokens by row, on the host.
-        shift_B1: how far later position ids have fallen; None if not at all.
+        shift_B1: how much lower later position ids are after renumbering; None if nothing was renumbered.
         initial_BND: the live tokens as they entered the decoder, if CROSS layers read those; else None.
         embedded_BPD: the prompt as it entered layer 0, where a method asks for it.
         memo: what methods have computed for this prompt and need again at a later layer.
@@ -183,7 +183,7 @@ class PromptStreams:
             if self._text_slots is None:
                 self._text_slots = self.slots(self.valid_BN & ~self.visual_BN, self.num_text)
             self._text = self.full.select(*self._text_slots, TEXT_GROUP)
-            self._text.masks = self._text_masks
+            self._text.masks = self._text_masks  # the text goes out many times, and its masks are made once
         return self._text
 
     def full_stream(self) -> TokenStream:
@@ -210,6 +210,8 @@ class PromptStreams:
                 active_B = to_device(torch.tensor(self.num_visual) > 0, index_BV.device)
                 valid_BV = valid_BV | ~active_B[:, None]
             self._visual_slots = index_BV, valid_BV, active_B
+        # Gathered once for a run of CROSS layers. Only a SELF layer makes new hidden states, which is why comparing the
+        # tensor by identity is enough.
         source_BND = self.full.hidden_BND if self.initial_BND is None else self.initial_BND
         if self._visual is None or self._visual[0] is not source_BND:  # until a SELF layer refines them
             self._visual = source_BND, take(source_BND, self._visual_slots[0])
@@ -238,7 +240,7 @@ class PromptStreams:
         part.deepstack = None if self.deepstack is None else self.deepstack.rows(index)
         part.memo, part._text, part._text_masks = {}, None, {}
         part._text_slots = part._visual_slots = part._visual = None
-        if max(lengths) < longest:
+        if max(lengths) < longest:  # drop the columns that are padding in all of these rows
             part.keep(part.visual_BN, part.num_visual)
         return part
 
@@ -254,14 +256,15 @@ class PromptStreams:
                 position ids as they are.
         """
         full, valid_BN = self.full_stream(), self.valid_BN
+        # All text stays, and no padding: what is left is padded anew, to the longest row.
         stay_BN = keep_BN | (valid_BN & ~self.visual_BN)
         lengths = [text + count for text, count in zip(self.num_text, counts, strict=True)]
         index_BM, valid_BM = self.slots(stay_BN, lengths)
         if rotary_of is not None:
-            self.positions, fall_B1 = close_gaps(self.positions, valid_BN, stay_BN, self._former_positions)
-            self.shift_B1 = fall_B1 if self.shift_B1 is None else self.shift_B1 + fall_B1
+            self.positions, shift_B1 = close_gaps(self.positions, valid_BN, stay_BN, self._former_positions)
+            self.shift_B1 = shift_B1 if self.shift_B1 is None else self.shift_B1 + shift_B1
         self.positions = take(self.positions, index_BM)
-        self.full = full.select(index_BM, valid_BM, full.group + 1)
+        self.full = full.select(index_BM, valid_BM, full.group + 1)  # another set of tokens: other masks from here on
         if rotary_of is not None:
             self.full.rotary = rotary_of(self.full.hidden_BND, self.positions)
         if self.deepstack is not None:
@@ -270,6 +273,7 @@ class PromptStreams:
         if self.initial_BND is not None:
             self.initial_BND = take(self.initial_BND, index_BM)
         self.origin_BN = index_BM if self.origin_BN is None else take(self.origin_BN, index_BM)
+        # Left-padded, so every row now ends in the last column.
         self.last_B1 = torch.full_like(self.last_B1, index_BM.shape[1] - 1)
         self.num_visual = tuple(counts)
         self._text_slots = self._visual_slots = self._visual = self._former_positions = None
@@ -283,6 +287,7 @@ class PromptStreams:
         full = self.full_stream()
         full.hidden_BND = hidden_BND
         if self.positions.ndim == 3:
+            # `close_gaps` must still see the values that vanish with this merge, or they would leave gaps.
             self._former_positions = self.positions
             self.positions = take(self.positions, source_BN)
             full.rotary = tuple(take(part, source_BN) for part in full.rotary)

@@ -23,7 +23,10 @@ from visor.inference import collate
 from visor.inference.prompt import Generation, Prompt, kept_over_image
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NO_ANSWER = ("transformers_version", "use_cache")  # fields that change no answer
 NOT_ASKED = {
+    **dict.fromkeys(TOKEN_IDS, "token ids are the checkpoint's"),
+    "stop_strings": "an answer ends at the checkpoint's stop tokens",
     **dict.fromkeys(("max_new_tokens", "max_length"), "a task says how long its answers may be"),
     **dict.fromkeys(("do_sample", "num_return_sequences"), "answers are deterministic, one a sample: a run that is "
                     "continued gives the same bytes"),
@@ -38,7 +41,8 @@ NOT_ASKED = {
 def own_settings(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint's own generation config asks for beside token ids. It is recorded, and not followed."""
     found = model.generation_config.to_diff_dict()
-    return {name: value for name, value in found.items() if name not in (*TOKEN_IDS, "transformers_version")}
+    asks = lambda name: not name.startswith(("_", "output_")) and name not in (*TOKEN_IDS, *NO_ANSWER)
+    return {name: value for name, value in found.items() if asks(name)}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

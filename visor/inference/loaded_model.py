@@ -271,7 +271,8 @@ class LoadedModel:
         """Refuse schedules that this model cannot run.
 
         Raises:
-            ValueError: another number of layers, or CROSS layers without cross-attention blocks.
+            ValueError: another number of layers, CROSS layers without cross-attention blocks, or layers on visual
+                tokens that a VISOR checkpoint was trained without.
         """
         for schedule in set(schedules):
             if schedule.num_layers != self.geometry.num_layers:
@@ -284,6 +285,13 @@ class LoadedModel:
                     f"{METHODS.get(schedule.encoder.method).title} runs on models trained for it, whose config says so "
                     f"by {needed!r}; this model's does not. `pooling` is the same without training"
                 )
+            trained = getattr(self.model.config, "trained_from", None)
+            if trained is not None and schedule.decoder_visual:
+                if untrained := sorted(set(schedule.layers_in(LayerMode.SELF)) - set(self.model.config.self_layers)):
+                    raise ValueError(
+                        f"layers {untrained} of this model never ran on visual tokens in training: run dense "
+                        f"schedules, and reductions of a dense model, on its base {trained!r}"
+                    )
             blocks = {int(layer) for layer in getattr(self.adapter.decoder, "cross_blocks", {})}
             missing = set(schedule.layers_in(LayerMode.CROSS)) - blocks
             if missing:

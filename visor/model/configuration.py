@@ -35,6 +35,9 @@ class VisorConfig(PreTrainedConfig):
         router: None, or {"hidden_size": int, "inputs": [...]} with inputs from `ROUTER_INPUTS`.
         reduction: None, or {"method": name, "params": {...}}: an encoder-side method that leaves fewer visual tokens
             before the decoder (VISOR-TR).
+        trained_from: name of the base whose own weights were trained on under these configurations; None while they are
+            the base's, as after a conversion. Under "dense" only the latter is the base: training never ran all layers
+            on all tokens.
 
     Raises:
         ValueError: what does not fit, the value, and what is allowed.
@@ -54,6 +57,7 @@ class VisorConfig(PreTrainedConfig):
     default_configuration: int = -1
     router: Any = None
     reduction: Any = None
+    trained_from: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.base_config is None:

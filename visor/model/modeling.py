@@ -62,7 +62,8 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     `forward` and `generate` take, beside what the base takes, one of
 
-        configuration: index in `config.configurations`, or one a sample; "dense" runs every layer on every token.
+        configuration: index in `config.configurations`, or one a sample; "dense" runs every layer on every token, which
+            is the base to the bit, and refused where `config.trained_from` says that it no longer is.
         budget: decoder prefill FLOPs relative to dense: the costliest configuration within it, per sample.
         policy: "router"; with `cost_weight=lambda` the cost-aware one.
 
@@ -395,8 +396,8 @@ class VisorForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_real = lambda mask_BP: mask_BP.sum(1, keepdim=True)
         given_mask = given.get("attention_mask")
         real_B1 = num_real(torch.ones_like(given_ids) if given_mask is None else given_mask.long())
-        fall_B1 = real_B1 - num_real(kwargs["attention_mask"])
-        return _with_prompt(output, given_ids, kwargs["input_ids"].shape[1], fall_B1)
+        shift_B1 = real_B1 - num_real(kwargs["attention_mask"])
+        return _with_prompt(output, given_ids, kwargs["input_ids"].shape[1], shift_B1)
 
     def _total_lengths(self, generation_config: Any, kwargs: dict[str, Any], num_gone: int) -> Any:
         """The settings of a shortened prompt: total lengths count the prompt as it was given, so they fall with it.
@@ -438,14 +439,14 @@ def _says_new_tokens(*settings: Any) -> bool:
     return any((s.get(name) if isinstance(s, dict) else getattr(s, name, None)) is not None for s in settings)
 
 
-def _with_prompt(output: Any, prompt_ids: Tensor, reduced_length: int, fall_B1: Tensor) -> Any:
+def _with_prompt(output: Any, prompt_ids: Tensor, reduced_length: int, shift_B1: Tensor) -> Any:
     """What was generated behind the prompt as it was given, in the place of the shortened one.
 
     The cache then counts the given prompt too: a second turn repeats these ids, and transformers feeds what the cache
     has not seen of them.
 
     Args:
-        fall_B1: how many real tokens of each row are gone.
+        shift_B1: how many real tokens of each row are gone.
     """
     ids = output if isinstance(output, Tensor) else output.sequences
     repeats = len(ids) // len(prompt_ids)  # beams that are returned
@@ -455,7 +456,7 @@ def _with_prompt(output: Any, prompt_ids: Tensor, reduced_length: int, fall_B1: 
     output.sequences = ids
     cache = cache_of(output)
     if isinstance(cache, ElasticCache):
-        cache.count_as(prompt_ids.shape[1] - reduced_length, fall_B1)
+        cache.count_as(prompt_ids.shape[1] - reduced_length, shift_B1)
     elif cache is not None:
         raise ValueError(
             f"a {type(cache).__name__} cannot count tokens that a reduction left out, and a second turn would feed it "

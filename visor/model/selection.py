@@ -147,6 +147,12 @@ def select(
 
 def _fixed(config: VisorConfig, indices: Sequence[Any], num_visual: Sequence[int]) -> Selection:
     indices = [DENSE if isinstance(i, str) and i == DENSE else config.check_index(i) for i in indices]
+    if DENSE in indices and config.trained_from is not None:
+        raise ValueError(
+            f'configuration="dense" is not the base on this model: its weights were trained on from '
+            f"{config.trained_from!r} under the configurations {config.configurations}, and never ran every layer on "
+            f"every token. Load {config.trained_from!r} for the dense model"
+        )
     if len(set(indices)) == 1:
         schedules, indices = [schedule_of(config, indices[0], 0)], indices[:1] * len(num_visual)
     else:

@@ -66,6 +66,13 @@ def as_visor(model: nn.Module, recipe: Recipe) -> nn.Module:
     return model
 
 
+def note_base(model: nn.Module, recipe: Recipe) -> None:
+    """Write into the config of a VISOR model that the base's own weights are trained on, and whose they were."""
+    config = model.config
+    if config.model_type == "visor" and config.trained_from is None and set(recipe.train) - {"cross"}:
+        config.trained_from = Path(config.base_config._name_or_path).name or "an unnamed base"
+
+
 def start_blocks(model: nn.Module, how: str) -> None:
     """Give the new cross-attention blocks weights to start from; see `Conversion.blocks`."""
     import torch

@@ -88,7 +88,7 @@ def run_stage(
 
     from visor.training.attention import use_float32_attention
     from visor.training.forward import PackedModel
-    from visor.training.models import as_visor, load_model, save_model
+    from visor.training.models import as_visor, load_model, note_base, save_model
     from visor.training.processes import Processes
 
     is_trained = recipe.stage in TRAINED
@@ -114,6 +114,8 @@ def run_stage(
     if processes.is_main:
         loaded = packed.model
         if recipe.stage != "labels":
+            if is_trained:
+                note_base(loaded, recipe)
             # Saved and shipped with the kernel that inference uses, whatever training ran on.
             loaded.set_attn_implementation("sdpa")
             save_model(loaded.to("cpu", torch.float32), processor, out / "model")

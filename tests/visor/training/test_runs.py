@@ -74,6 +74,8 @@ def test_each_stage_trains_what_it_says(visor_run, base_folder):
         assert torch.equal(weights["blocks"][own], value), f"stage 1 left {name} alone"
         if "vision_tower" in name:
             assert torch.equal(weights["everything"][own], value), "stage 2 of the tiny recipes left the tower alone"
+    bases = {stage: load_model(out / stage / "model")[0].config.trained_from for stage in weights}
+    assert bases == {"blocks": None, "everything": base_folder.name, "universal": base_folder.name}
     blocks = [name for name in weights["blocks"] if "cross_blocks" in name and name.endswith("o_proj.weight")]
     assert len(blocks) == 2 and all(weights["blocks"][name].abs().max() > 0 for name in blocks)
     for earlier, later in (("blocks", "everything"), ("everything", "universal")):
