@@ -147,3 +147,14 @@ def test_the_cache_goes_by_either_name_and_by_one_only():
     assert compat.cache_argument({}) is None
     with pytest.raises(ValueError, match="give the KV cache once"):
         compat.one_cache(cache, torch.ones(1))
+
+
+def test_a_release_that_merges_image_tokens_in_blocks_is_refused(monkeypatch):
+    model = make_model("llava")
+
+    def inputs_merger(input_ids, inputs_embeds, image_hidden_states):
+        return image_hidden_states.view(-1, 14, 2)
+
+    monkeypatch.setattr(model.model, "inputs_merger", inputs_merger, raising=False)
+    with pytest.raises(Unsupported, match="LlavaModel merges only so many image tokens"):
+        install(model)

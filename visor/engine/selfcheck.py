@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import nn
 
 from visor.engine import compat
@@ -45,6 +46,27 @@ def check_model(decoder: nn.Module, inner: nn.Module) -> None:
     _check_class(type(inner), INNER)
     for cls in {type(layer) for layer in decoder.layers}:
         _check_class(cls, LAYER)
+    if not merges_any_number(inner):
+        raise _refusal(
+            f"{type(inner).__name__} merges only so many image tokens as are a multiple of its patch size (mended in "
+            "5.22), not any number"
+        )
+
+
+def merges_any_number(inner: nn.Module) -> bool:
+    """False for SmolVLM on transformers 5.20, which cuts image tokens into blocks by the wrong number.
+
+    Found by merging one token: neither a name nor a signature shows it. Families that merge in `forward` pass.
+    """
+    merge = getattr(inner, "inputs_merger", None)
+    if merge is None:
+        return True
+    ids = torch.full((1, 1), inner.config.image_token_id)
+    try:
+        merge(ids, torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def check_library() -> None:
