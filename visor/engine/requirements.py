@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from packaging.version import Version
 
 # package: oldest release, first one that was not run
-KNOWN = {"torch": ("2.6", "2.15"), "transformers": ("5.18", "5.25")}
+KNOWN = {"torch": ("2.6", "2.14"), "transformers": ("5.18", "5.25")}
 OPTIONAL = ("torchvision", "flash_attn")  # transformers uses them where they are, and trips where they are broken
-NEWEST = {"torch": "2.14", "transformers": "5.24"}
+NEWEST = {"torch": "2.13", "transformers": "5.24"}
 
 
 class Unsupported(ImportError, ValueError):
