@@ -1,25 +1,24 @@
 """A YAML file becomes a frozen dataclass of options, with further dataclasses in it, checked before anything is loaded.
 
-An option is a field of a dataclass. An unknown one is an error that names its neighbours at any depth; a value of
-another type than its field's is an error that says what was expected; `key=value` changes one entry. Earlier names of
-options are read as what they are called today (`visor.training.old_names`).
+An option is a field of a dataclass; pydantic checks its type (`budgets.documents`). Ours is what recipes need beyond
+that: an unknown option is an error that names its neighbours at any depth, `key=value` changes one entry, and earlier
+names of options are read as what they are called today (`visor.training.old_names`).
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
+from budgets.documents import as_dataclass, read_yaml
 from budgets.registry import nearest_first
 from visor.training.old_names import OPTIONS, rename_options
 
 T = TypeVar("T")
-TYPES = {int: "an integer", float: "a number", str: "text", bool: "true or false", Mapping: "a mapping"}
 
 
 def load_options(cls: type[T], path: str | Path, folder: Path, changes: Sequence[str] = ()) -> T:
@@ -34,52 +33,26 @@ def load_options(cls: type[T], path: str | Path, folder: Path, changes: Sequence
     if not path.is_file():
         known = sorted(each.stem for each in folder.glob("*.yaml"))
         raise ValueError(f"no recipe at {path}; those that ship: {', '.join(nearest_first(path.stem, known))}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of options, got {type(values).__name__}")
     try:
         values = rename_options(values)
         for change in changes:
             _change(values, change)
-        return build(cls, rename_options(values))
+        values = rename_options(values)
+        _check_names(cls, values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def build(cls: type[T], values: Mapping[str, Any], place: str = "") -> T:
-    """A dataclass from nested mappings.
-
-    Args:
-        place: what stands before the options' names in messages, such as "optimisation.".
-
-    Raises:
-        ValueError: an unknown option, or a value that does not fit.
-    """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{place.rstrip('.')} must be a mapping, got {values!r}")
-    known, hints, made = [each.name for each in fields(cls)], get_type_hints(cls), {}
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(f"unknown option {place}{name}; nearest first: {', '.join(_near(cls, str(name), place))}")
-        if is_dataclass(hints[name]):
-            made[name] = build(hints[name], value, f"{place}{name}.")
-        else:
-            made[name] = _value(value, hints[name], f"{place}{name}")
-    try:
-        return cls(**made)
-    except TypeError as error:  # an option without a default is missing
-        raise ValueError(f"{place or 'recipe: '}{error}") from error
+    return as_dataclass(cls, values, str(path))
 
 
 def build_known(cls: type[T], values: Mapping[str, Any]) -> T:
-    """As `build`, from what an earlier version wrote.
+    """A dataclass from what an earlier version wrote.
 
     Options that came later have their defaults, and those that are gone are left out.
     """
-    return build(cls, _known(cls, rename_options(values)))
+    return as_dataclass(cls, _known(cls, rename_options(values)), cls.__name__)
 
 
 def _change(values: dict[str, Any], change: str) -> None:
@@ -97,46 +70,23 @@ def _change(values: dict[str, Any], change: str) -> None:
         raise ValueError(f"--set {change}: {text!r} is no valid YAML value: {error}") from error
 
 
-def _value(value: Any, hint: Any, name: str) -> Any:
-    """A value as its field holds it.
+def _check_names(cls: type, values: Any, place: str = "") -> None:
+    """Refuse unknown options, at any depth.
+
+    Args:
+        place: what stands before the options' names, such as "optimisation.".
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: there is one; the message lists its neighbours. Or a part that is no mapping.
     """
-    if isinstance(value, list):
-        value = tuple(value)
-    elif isinstance(value, str) and _allows(hint, float):  # YAML 1.1 reads 1e-3 as text
-        try:
-            value = float(value)
-        except ValueError:
-            pass
-    if not _fits(value, hint):
-        raise ValueError(f"{name} must be {_described(hint)}, got {value!r}")
-    return value
-
-
-def _allows(hint: Any, kind: type) -> bool:
-    return hint is kind or (get_origin(hint) in (Union, types.UnionType) and kind in get_args(hint))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, each) for each in arguments)
-    if origin is tuple:  # options know lists of one type only: tuple[X, ...]
-        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
-    if isinstance(value, bool):  # which Python takes for an integer
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else origin or hint)
-
-
-def _described(hint: Any) -> str:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_described(each) for each in arguments)
-    if origin is tuple:
-        return f"a list, each entry {_described(arguments[0])}"
-    return "null" if hint is type(None) else TYPES.get(origin or hint, str(hint))
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{place.rstrip('.')} must be a mapping, got {values!r}")
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"unknown option {place}{name}; nearest first: {', '.join(_near(cls, str(name), place))}")
+        if is_dataclass(hints[name]):
+            _check_names(hints[name], value, f"{place}{name}.")
 
 
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,9 +40,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         assert done.returncode == 0, done.stderr
         assert f"processes {name}" in done.stdout
     for stage in ("decoder", "tower", "align", "dense"):
-        alone, shared = (
-            torch.load(tmp_path / name / stage / "state.pt", weights_only=True) for name in ("1", "2")
-        )
+        alone, shared = (torch.load(tmp_path / name / stage / "state.pt", weights_only=True) for name in ("1", "2"))
         assert alone["step"] == shared["step"] == 3 and alone["stage"] == shared["stage"], stage
         for key, expected in alone["parameters"].items():
             # A step of Adam is as long for a tiny gradient as for a large one: rounding moves a weight by part of it.

@@ -274,7 +274,7 @@ def test_a_trial_takes_a_share():
         (["pooling.sides=[8, 8]"], "different sides"),
         (["pooling.factors=[3]"], r"different ones of \[2, 4\], got \[3\]"),
         (["pooling.factors=[]"], "pooling.share needs pooling.factors"),
-        (["optimisation.peak_rate=fast"], "must be a number, got 'fast'"),
+        (["optimisation.peak_rate=fast"], "peak_rate: input should be a valid number.*got 'fast'"),
     ],
 )
 def test_recipe_errors_say_what_to_do(changes, message):
