@@ -4,14 +4,7 @@ The command is `python -m visor.embedded.train`. Nobody in `visor` imports this 
 what lies below. It hands training what training cannot know: what a scene says in the tokens of these models.
 """
 
-from typing import Any
+from visor._lazy import handed_on
 
 __all__ = ["SceneTokens"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "SceneTokens":  # which brings torch
-        from visor.embedded.scene_tokens import SceneTokens
-
-        return SceneTokens
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_on(__name__, {"SceneTokens": "scene_tokens"})

@@ -5,16 +5,7 @@ what lies below it. It knows no tokenizer's vocabulary: whoever has scenes with 
 puts it into token ids (`visor.training.auxiliary.scene_targets`).
 """
 
-from typing import Any
-
-from visor.training.recipe import Recipe, load
+from visor._lazy import handed_on
 
 __all__ = ["Recipe", "load", "run_stage"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "run_stage":  # which brings torch
-        from visor.training.runner import run_stage
-
-        return run_stage
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = handed_on(__name__, {"Recipe": "recipe", "load": "recipe", "run_stage": "runner"})
